@@ -1,0 +1,183 @@
+"""EBFlow: a normalizing flow read as an energy-based model whose normalising constant is known.
+
+    log p(x; θ) = log p_u(g(x)) + Σ_{i∈S_n} log|det J_i(x_{i-1})| + Σ_{i∈S_l} log|det J_i|
+                  └──────────────────  -E(x; θ)  ──────────────┘   └──── -log Z(θ) ────┘
+
+S_l are the affine layers, S_n the others, p_u = N(0, I), x_0 = x, x_i = g_i(x_{i-1}). There is no x in Z, so
+∇_x log p = -∇_x E: an objective that sees the density through its score trains the flow without a single
+determinant of a linear layer. `energy` is what is trained, `log_z` what is added to evaluate.
+
+Source: Chao et al., "Training Energy-Based Normalizing Flow with Score-Matching Objectives" (NeurIPS 2023).
+"""
+
+import math
+
+import torch
+import torch.nn as nn
+
+from layers import (ActNorm, AffineCoupling, Convolution, FullyConnected, LinearLayer, Logit, SmoothLeakyReLU,
+                    Squeeze, Standardize)
+
+
+class EBFlow(nn.Module):
+    """The flow of `layers` on events of `shape`, with the prior N(0, I).
+
+    Raises ValueError where a layer cannot take the shape that reaches it.
+
+        >>> flow = fc_flow(dim=4)
+        >>> x = torch.randn(3, 4)
+        >>> torch.allclose(flow.log_prob(x), -flow.energy(x) - flow.log_z())
+        True
+    """
+
+    def __init__(self, layers, shape):
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+        self.shapes = [tuple(shape)]  # the event's shape before each layer, and after the last
+        for layer in self.layers:
+            self.shapes.append(tuple(layer.output_shape(self.shapes[-1])))
+
+    @property
+    def shape(self):
+        return self.shapes[0]
+
+    def forward(self, x):
+        """u = g(x).   (B, *shape) -> (B, *shapes[-1])"""
+        return self._transform(x)[0]
+
+    def inverse(self, u):
+        """x = g⁻¹(u). Raises torch.linalg.LinAlgError, with the layer's name, where a weight is singular."""
+        for i, layer in reversed(list(enumerate(self.layers))):
+            try:
+                u = layer.inverse(u)
+            except torch.linalg.LinAlgError:
+                raise self._singular(i) from None
+        return u
+
+    def energy(self, x):
+        """E(x) = -log p_u(g(x)) - Σ_{i∈S_n} log|det J_i|, in nats.   (B, *shape) -> (B,)
+
+        Never touches the determinant of a linear layer.
+        """
+        u, log_abs_det = self._transform(x)
+        u = u.flatten(1)
+        return 0.5 * u.square().sum(1) + 0.5 * u.shape[1] * math.log(2 * math.pi) - log_abs_det
+
+    def log_z(self):
+        """log Z = -Σ_{i∈S_l} log|det J_i|, exact, in float64: the O(D³) part.   -> ()
+
+        Raises torch.linalg.LinAlgError, with the layer's name, where a weight is singular or not finite.
+        """
+        log_abs_dets = {i: layer.log_abs_det(shape)
+                        for i, (layer, shape) in enumerate(zip(self.layers, self.shapes))
+                        if isinstance(layer, LinearLayer)}
+        for i, log_abs_det in log_abs_dets.items():
+            if not (log_abs_det.is_meta or log_abs_det.isfinite()):
+                raise self._singular(i)
+        return -sum(log_abs_dets.values(), start=torch.zeros((), dtype=torch.float64))
+
+    def log_prob(self, x):
+        """log p(x) = -E(x) - log Z, in nats.   (B, *shape) -> (B,)"""
+        return -self.energy(x) - self.log_z()
+
+    def score(self, x):
+        """∇_x log p(x) = -∇_x E(x).   (B, *shape) -> (B, *shape)"""
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            return -torch.autograd.grad(self.energy(x).sum(), x)[0]
+
+    @torch.no_grad()
+    def sample(self, n):
+        """n draws x = g⁻¹(u), u ~ N(0, I), on the model's device and in its dtype.   -> (n, *shape)"""
+        like = next(self.parameters())
+        return self.inverse(torch.randn(n, *self.shapes[-1], device=like.device, dtype=like.dtype))
+
+    @torch.no_grad()
+    def initialize(self, x):
+        """Data-dependent start: hands each actnorm the batch that reaches it."""
+        for layer in self.layers:
+            if isinstance(layer, ActNorm):
+                layer.initialize(x)
+            x = layer(x) if isinstance(layer, LinearLayer) else layer(x)[0]
+
+    def _transform(self, x):
+        """u = g(x) and Σ_{i∈S_n} log|det J_i|.   (B, *shape) -> (B, *shapes[-1]), (B,)"""
+        log_abs_det = x.new_zeros(len(x))
+        for layer in self.layers:
+            if isinstance(layer, LinearLayer):
+                x = layer(x)
+            else:
+                x, layer_log_abs_det = layer(x)
+                log_abs_det = log_abs_det + layer_log_abs_det
+        return x, log_abs_det
+
+    def _singular(self, i):
+        name = type(self.layers[i]).__name__
+        return torch.linalg.LinAlgError(f"layer {i} ({name}) has a singular or non-finite weight: "
+                                        "its determinant is needed here, and there is none")
+
+    def __repr__(self):
+        rows = [("layer", "event", "linear", "parameters", "log|det| in", "at a cost of")]
+        for i, (layer, shape) in enumerate(zip(self.layers, self.shapes)):
+            linear = isinstance(layer, LinearLayer)
+            rows.append((f"{i} {type(layer).__name__}", "×".join(map(str, shape)), "yes" if linear else "no",
+                         f"{sum(p.numel() for p in layer.parameters()):,}", "Z" if linear else "E", layer.cost))
+        total = f"{sum(p.numel() for p in self.parameters()):,}"
+        rows.append(("total", "", "", total, "", ""))
+        widths = [max(len(row[c]) for row in rows) for c in range(6)]
+        return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths)).rstrip() for row in rows)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The paper's architectures
+# ---------------------------------------------------------------------------------------------------------
+
+
+def logit_preprocessing(shape, s, mean=0.0):
+    """Images in [0, 256)^D to z = (logit(x / 256) - mean) / s: the layers g_1 … g_k of the paper's MaP.
+
+    `match after pre-processing` trains the model of z alone; EBFlow([*pre.layers, *flow.layers], shape) is
+    the model of the image, whose log_prob is the NLL that is reported.
+    """
+    return EBFlow([Standardize(std=256.0), Logit(), Standardize(std=s, mean=mean)], shape)
+
+
+def fc_flow(dim=784, alpha=0.3, diagonal=1.0, bias=0.0):
+    """Two unconstrained dim × dim matrices with a smooth leaky ReLU between: the paper's FC.
+
+    Both matrices start at diagonal · I and both biases at `bias`; the paper has -I and 1.
+    """
+    return EBFlow([FullyConnected(dim, diagonal, bias),
+                   SmoothLeakyReLU(alpha),
+                   FullyConnected(dim, diagonal, bias)], (dim,))
+
+
+def cnn_flow(shape=(1, 28, 28), kernel_size=7, blocks=3, alpha=0.3):
+    """Two unconstrained convolutions in each block, a squeeze between the blocks: the paper's CNN.
+
+    A smooth leaky ReLU follows every convolution but the last. H and W must divide by 2^(blocks - 1).
+    """
+    layers, channels = [], shape[0]
+    for block in range(blocks):
+        if block > 0:
+            layers.append(Squeeze())
+            channels *= 4
+        for _ in range(2):
+            layers += [Convolution(channels, kernel_size, diagonal=-1.0, bias=0.01),
+                       SmoothLeakyReLU(alpha, residual=True)]
+    return EBFlow(layers[:-1], shape)
+
+
+def toy_flow(dim=2, blocks=10, width=64):
+    """Blocks of (fully-connected, affine coupling, actnorm) and a last fully-connected: the paper's toys."""
+    def network(n_in, n_out):
+        return nn.Sequential(nn.Linear(n_in, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(),
+                             nn.Linear(width, n_out))
+
+    half, rest = dim - dim // 2, dim // 2  # the halves of tensor_split
+    layers = []
+    for block in range(blocks):
+        swap = block % 2 == 1
+        net = network(rest, 2 * half) if swap else network(half, 2 * rest)
+        layers += [FullyConnected(dim), AffineCoupling(net, swap), ActNorm(dim)]
+    return EBFlow([*layers, FullyConnected(dim)], (dim,))

@@ -1,0 +1,346 @@
+"""The transformations g_i of a flow, each with its inverse and its log-determinant.
+
+A normalizing flow maps a datum x to u = g_L ∘ … ∘ g_1(x). EBFlow sorts the layers into two kinds, and
+here the kind is the type:
+
+    LinearLayer      forward(x) -> y                    affine in x, so its Jacobian holds no x;
+                     log_abs_det(shape) -> ()           its log-determinant belongs to log Z
+    NonlinearLayer   forward(x) -> y, log_abs_det (B,)  its log-determinant belongs to the energy E
+
+Both have inverse(y) -> x. `shape` is the event shape that enters the layer, without the batch dimension:
+the determinant of a convolution depends on the size of the image. Determinants of matrices are computed in
+float64 whatever the layer's dtype, since the product of many pivots is what float32 is worst at.
+
+Source: Chao et al., "Training Energy-Based Normalizing Flow with Score-Matching Objectives" (NeurIPS 2023),
+section "Energy-Based Normalizing Flow".
+"""
+
+import math
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+class LinearLayer(nn.Module):
+    """An affine transformation: i ∈ S_l. `cost` is what its log-determinant costs."""
+
+    def output_shape(self, shape):
+        return shape
+
+
+class NonlinearLayer(nn.Module):
+    """Any other transformation: i ∈ S_n."""
+
+    cost = "O(D)"
+
+    def output_shape(self, shape):
+        return shape
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Linear layers: log|det| is a constant and goes to log Z
+# ---------------------------------------------------------------------------------------------------------
+
+
+class FullyConnected(LinearLayer):
+    """y = W x + b with an unconstrained D × D matrix, started at W = diagonal · I.
+
+    log|det J| = log|det W|, O(D³).   x (B, D) -> y (B, D)
+
+    `inverse` raises torch.linalg.LinAlgError where W is singular.
+
+        >>> layer = FullyConnected(3)
+        >>> x = torch.randn(5, 3)
+        >>> torch.allclose(layer.inverse(layer(x)), x, atol=1e-6)
+        True
+    """
+
+    cost = "O(D³)"
+
+    def __init__(self, dim, diagonal=1.0, bias=0.0):
+        super().__init__()
+        self.weight = nn.Parameter(diagonal * torch.eye(dim))
+        self.bias = nn.Parameter(torch.full((dim,), float(bias)))
+
+    def output_shape(self, shape):
+        if tuple(shape) != tuple(self.bias.shape):
+            raise ValueError(f"a fully-connected layer of {len(self.bias)} dimensions cannot take events of "
+                             f"shape {tuple(shape)}: flatten them, or give the layer their size")
+        return shape
+
+    def forward(self, x):
+        return F.linear(x, self.weight, self.bias)
+
+    def inverse(self, y):
+        return torch.linalg.solve(self.weight.T, y - self.bias, left=False)  # x Wᵀ = y - b
+
+    def log_abs_det(self, shape):
+        return torch.linalg.slogdet(self.weight.double()).logabsdet
+
+
+class Convolution(LinearLayer):
+    """y = w * x + b: a k × k convolution (k odd), zero padding, the image keeps its size.
+
+    A zero-padded convolution is a D × D matrix M with D = C·H·W: log|det J| = log|det M|, O(D³), and the
+    inverse solves with M. Nothing is approximated.   x (B, C, H, W) -> y (B, C, H, W)
+
+    The kernel starts at diagonal · identity. `inverse` raises torch.linalg.LinAlgError where M is singular.
+    """
+
+    cost = "O(D³)"
+
+    def __init__(self, channels, kernel_size, diagonal=1.0, bias=0.0):
+        super().__init__()
+        if kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size must be odd to keep the image's size, not {kernel_size}")
+        weight = torch.zeros(channels, channels, kernel_size, kernel_size)
+        weight[:, :, kernel_size // 2, kernel_size // 2] = diagonal * torch.eye(channels)
+        self.weight = nn.Parameter(weight)
+        self.bias = nn.Parameter(torch.full((channels,), float(bias)))
+
+    def output_shape(self, shape):
+        return check_channels(self, shape, len(self.bias))
+
+    def forward(self, x):
+        return F.conv2d(x, self.weight, self.bias, padding="same")
+
+    def matrix(self, shape, dtype):
+        """M of vec(w * x) = M vec(x): its columns are the convolved unit images.   -> (D, D)"""
+        weight = self.weight.to(dtype)
+        units = torch.eye(math.prod(shape), dtype=dtype, device=weight.device).unflatten(1, shape)
+        return F.conv2d(units, weight, padding="same").flatten(1).T
+
+    def inverse(self, y):
+        M = self.matrix(y.shape[1:], y.dtype)
+        x = torch.linalg.solve(M.T, (y - self.bias[:, None, None]).flatten(1), left=False)
+        return x.view_as(y)
+
+    def log_abs_det(self, shape):
+        return torch.linalg.slogdet(self.matrix(shape, torch.float64)).logabsdet
+
+
+class Conv1x1(LinearLayer):
+    """y[:, :, i, j] = W x[:, :, i, j]: one C × C matrix for every pixel, started at a random rotation.
+
+    log|det J| = H·W·log|det W|, O(C³).   x (B, C, H, W) -> y (B, C, H, W)
+    Source: Kingma and Dhariwal, "Glow" (2018).
+    """
+
+    cost = "O(C³)"
+
+    def __init__(self, channels):
+        super().__init__()
+        self.weight = nn.Parameter(nn.init.orthogonal_(torch.empty(channels, channels)))
+
+    def output_shape(self, shape):
+        return check_channels(self, shape, len(self.weight))
+
+    def forward(self, x):
+        return F.conv2d(x, self.weight[:, :, None, None])
+
+    def inverse(self, y):
+        return torch.linalg.solve(self.weight, y.flatten(2)).view_as(y)
+
+    def log_abs_det(self, shape):
+        return math.prod(shape[1:]) * torch.linalg.slogdet(self.weight.double()).logabsdet
+
+
+class ActNorm(LinearLayer):
+    """y = exp(s) ⊙ x + b with one scale and one bias per channel (dimension 1 of the batch).
+
+    log|det J| = H·W·Σ s, O(C).   x (B, C, …) -> y (B, C, …)
+
+    `initialize` sets s and b so that a batch comes out with mean 0 and variance 1 (data-dependent start);
+    it raises ValueError where a channel of the batch is constant. Source: Kingma and Dhariwal, "Glow" (2018).
+    """
+
+    cost = "O(C)"
+
+    def __init__(self, channels):
+        super().__init__()
+        self.log_scale = nn.Parameter(torch.zeros(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+
+    def output_shape(self, shape):
+        return check_channels(self, shape, len(self.bias))
+
+    @torch.no_grad()
+    def initialize(self, x):
+        std, mean = torch.std_mean(x.transpose(0, 1).flatten(1), dim=1)  # (C,)
+        if not (std > 0).all():
+            raise ValueError("actnorm cannot start from a batch with a constant channel: give it more samples")
+        self.log_scale.copy_(-std.log())
+        self.bias.copy_(-mean / std)
+
+    def forward(self, x):
+        return along_channels(self.log_scale.exp(), x) * x + along_channels(self.bias, x)
+
+    def inverse(self, y):
+        return (y - along_channels(self.bias, y)) * along_channels((-self.log_scale).exp(), y)
+
+    def log_abs_det(self, shape):
+        return math.prod(shape[1:]) * self.log_scale.double().sum()
+
+
+class Squeeze(LinearLayer):
+    """Every 2 × 2 square of pixels becomes four channels: a permutation, log|det J| = 0.
+
+    x (B, C, H, W) -> y (B, 4C, H/2, W/2)
+    """
+
+    cost = "0"
+
+    def output_shape(self, shape):
+        if len(shape) != 3 or shape[1] % 2 or shape[2] % 2:
+            raise ValueError(f"cannot squeeze events of shape {tuple(shape)}: it takes (C, H, W) with even H, W")
+        return (4 * shape[0], shape[1] // 2, shape[2] // 2)
+
+    def forward(self, x):
+        return F.pixel_unshuffle(x, 2)
+
+    def inverse(self, y):
+        return F.pixel_shuffle(y, 2)
+
+    def log_abs_det(self, shape):
+        return torch.zeros((), dtype=torch.float64)
+
+
+class Standardize(LinearLayer):
+    """y = (x - mean) / std with constants, numbers or tensors that broadcast to the event.
+
+    log|det J| = -Σ log std over the D elements of the event.
+    """
+
+    cost = "O(D)"
+
+    def __init__(self, std, mean=0.0):
+        super().__init__()
+        self.register_buffer("std", torch.as_tensor(std, dtype=torch.get_default_dtype()))
+        self.register_buffer("mean", torch.as_tensor(mean, dtype=torch.get_default_dtype()))
+        if not (self.std > 0).all():
+            raise ValueError("std must be positive")
+
+    def forward(self, x):
+        return (x - self.mean) / self.std
+
+    def inverse(self, y):
+        return y * self.std + self.mean
+
+    def log_abs_det(self, shape):
+        return -self.std.double().log().expand(shape).sum()
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Non-linear layers: log|det| depends on x and goes to the energy E
+# ---------------------------------------------------------------------------------------------------------
+
+
+class SmoothLeakyReLU(NonlinearLayer):
+    """y = α x + (1 - α) softplus(x), element by element; `residual` adds x (the paper's form for CNNs).
+
+    dy/dx = α + (1 - α) sigmoid(x) lies in (α, 1), so the map is invertible.   x (B, …) -> y, (B,)
+    Raises ValueError unless 0 < α < 1.
+    """
+
+    def __init__(self, alpha=0.3, residual=False):
+        super().__init__()
+        if not 0 < alpha < 1:
+            raise ValueError(f"alpha must lie between 0 and 1, not {alpha}")
+        self.a = alpha + residual  # y = a x + b softplus(x)
+        self.b = 1 - alpha
+
+    def forward(self, x):
+        y = self.a * x + self.b * F.softplus(x)
+        log_slope = torch.log(self.a + self.b * torch.sigmoid(x))
+        return y, log_slope.flatten(1).sum(1)
+
+    def inverse(self, y):
+        """Newton's iteration, to the dtype's precision, from a side where it cannot overshoot.
+
+        f is convex and increasing. max(0, x) ≤ softplus(x) ≤ max(0, x) + ln 2 brackets the root: it lies
+        between the inverses of the two piecewise linear bounds. Started at the upper one, where f(x) ≥ y,
+        every step of Newton on a convex increasing f ends at or above the root, so the iterates descend on
+        it; the clamp keeps them in the bracket under rounding.
+        """
+        def inverse_bound(y):  # of a x + b max(0, x)
+            return torch.where(y > 0, y / (self.a + self.b), y / self.a)
+
+        low, high = inverse_bound(y - self.b * math.log(2)), inverse_bound(y)
+        x = high
+        for _ in range(10):  # quadratic: float64 takes 6 at α = 0.3, 10 at 0.01
+            f = self.a * x + self.b * F.softplus(x)
+            x = (x - (f - y) / (self.a + self.b * torch.sigmoid(x))).clamp(low, high)
+        return x
+
+
+class AffineCoupling(NonlinearLayer):
+    """Half of the channels, x_a, decides how the other half is scaled and shifted.
+
+        h, t = network(x_a)      log s = log sigmoid(h + 2)
+        y_a = x_a                y_b = s ⊙ x_b + t                log|det J| = Σ log s
+
+    `network` maps (B, C_a, …) to (B, 2 C_b, …), the halves being those of `tensor_split`; `swap` lets the
+    second half decide. s < 1 keeps the inverse and the score from blowing up; a linear layer can undo it.
+    x (B, C, …) -> y (B, C, …), (B,)      Source: Dinh et al., "RealNVP" (2017); Kingma and Dhariwal (2018).
+    """
+
+    def __init__(self, network, swap=False):
+        super().__init__()
+        self.network = network
+        self.swap = swap
+
+    def _split(self, x):
+        halves = x.tensor_split(2, dim=1)
+        return halves[::-1] if self.swap else halves
+
+    def _join(self, a, b):
+        return torch.cat([b, a] if self.swap else [a, b], dim=1)
+
+    def _log_scale_and_shift(self, x_a):
+        h, t = self.network(x_a).chunk(2, dim=1)
+        return F.logsigmoid(h + 2), t
+
+    def forward(self, x):
+        x_a, x_b = self._split(x)
+        log_s, t = self._log_scale_and_shift(x_a)
+        return self._join(x_a, log_s.exp() * x_b + t), log_s.flatten(1).sum(1)
+
+    def inverse(self, y):
+        y_a, y_b = self._split(y)
+        log_s, t = self._log_scale_and_shift(y_a)
+        return self._join(y_a, (y_b - t) * (-log_s).exp())
+
+
+class Logit(NonlinearLayer):
+    """z = logit(y), y = (x + ε)(1 - 2ε), for x in [0, 1]: ε keeps y off the ends, where the slope diverges.
+
+    log|dz/dx| = log(1 - 2ε) - log y - log(1 - y)      x (B, …) -> z (B, …), (B,)
+    """
+
+    def __init__(self, eps=1e-6):
+        super().__init__()
+        self.eps = eps
+
+    def forward(self, x):
+        y = (x + self.eps) * (1 - 2 * self.eps)
+        log_y, log_1my = torch.log(y), torch.log1p(-y)
+        log_slope = math.log1p(-2 * self.eps) - log_y - log_1my
+        return log_y - log_1my, log_slope.flatten(1).sum(1)
+
+    def inverse(self, z):
+        return torch.sigmoid(z) / (1 - 2 * self.eps) - self.eps
+
+
+# ---------------------------------------------------------------------------------------------------------
+
+
+def along_channels(p, x):
+    """One number per channel, shaped to broadcast over x.   (C,) -> (C, 1, …)"""
+    return p.view(-1, *[1] * (x.dim() - 2))
+
+
+def check_channels(layer, shape, channels):
+    if shape[0] != channels:
+        raise ValueError(f"{type(layer).__name__} of {channels} channels cannot take events of shape {tuple(shape)}")
+    return shape

@@ -1,0 +1,424 @@
+"""The paper's claims, checked in float64 against something independent of the code that is checked.
+
+    python -m pytest test_gradients.py -v
+"""
+
+import argparse
+import itertools
+import math
+import re
+
+import numpy as np
+import pytest
+import torch
+from torch.func import functional_call, jacrev
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import losses
+from ebflow import EBFlow, cnn_flow, fc_flow, logit_preprocessing, toy_flow
+from layers import (ActNorm, AffineCoupling, Conv1x1, Convolution, FullyConnected, LinearLayer, Logit,
+                    SmoothLeakyReLU, Squeeze, Standardize)
+from train_mnist import DEFAULTS, make_optimizer, train_step
+
+
+@pytest.fixture(autouse=True)
+def float64():
+    torch.set_default_dtype(torch.float64)
+    torch.manual_seed(0)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def image_coupling():
+    network = torch.nn.Sequential(torch.nn.Conv2d(2, 4, 3, padding=1), torch.nn.Softplus(),
+                                  torch.nn.Conv2d(4, 4, 3, padding=1))
+    return EBFlow([Squeeze(), ActNorm(4), Conv1x1(4), AffineCoupling(network)], (1, 4, 4))
+
+
+ARCHITECTURES = {
+    "fully-connected": lambda: fc_flow(5),
+    "convolution": lambda: cnn_flow((1, 4, 4), kernel_size=3, blocks=2),
+    "coupling": lambda: toy_flow(dim=3, blocks=2, width=6),
+    "image coupling": image_coupling,
+}
+PLANES = {  # the same on two-dimensional events, where a density can be integrated on a grid
+    "fully-connected": lambda: fc_flow(2),
+    "convolution": lambda: cnn_flow((1, 1, 2), kernel_size=3, blocks=1),
+    "coupling": lambda: toy_flow(dim=2, blocks=2, width=6),
+}
+SCORE_MATCHING = {
+    "sm": losses.sm,
+    "ssm": lambda energy, x: losses.ssm(energy, x, v=torch.ones_like(x).bernoulli() * 2 - 1),
+    "fdssm": lambda energy, x: losses.fdssm(energy, x, xi=0.3),
+    "dsm": lambda energy, x: losses.dsm(energy, x, sigma=0.3),
+}
+architectures = pytest.mark.parametrize("architecture", ARCHITECTURES)
+objectives = pytest.mark.parametrize("objective", SCORE_MATCHING)
+
+
+def perturbed(flow, scale=0.2):
+    """The flow with every parameter moved at random: nothing holds only at the identity."""
+    with torch.no_grad():
+        for p in flow.parameters():
+            p.add_(scale * torch.randn_like(p))
+    return flow
+
+
+def gradients(loss, flow):
+    """d loss / d parameter for each; zero where a parameter has no part in the loss."""
+    parameters = dict(flow.named_parameters())
+    grads = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+    return {name: torch.zeros_like(p) if g is None else g for (name, p), g in zip(parameters.items(), grads)}
+
+
+def flat(tensors):
+    return torch.cat([t.flatten() for t in (tensors.values() if isinstance(tensors, dict) else tensors)])
+
+
+def distance(a, b):
+    """‖a - b‖ / ‖b‖"""
+    return ((a - b).norm() / b.norm()).item()
+
+
+def brute_force_log_abs_det(function, x):
+    """log|det| of the Jacobian at each sample, by automatic differentiation of the whole map.   -> (B,)"""
+    D = x[0].numel()
+    jacobians = [jacrev(function)(sample[None]).view(D, D) for sample in x]
+    return torch.stack([torch.linalg.slogdet(J).logabsdet for J in jacobians])
+
+
+# ---------------------------------------------------------------------------------------------------------
+# 1. log p = -E - log Z is the density of the flow
+# ---------------------------------------------------------------------------------------------------------
+
+
+@architectures
+def test_log_prob_is_the_change_of_variables_with_the_brute_force_jacobian(architecture):
+    flow = perturbed(ARCHITECTURES[architecture]())
+    x = torch.randn(4, *flow.shape)
+    u = flow(x).flatten(1)
+    log_normal = -0.5 * u.square().sum(1) - 0.5 * u.shape[1] * math.log(2 * math.pi)
+    expected = log_normal + brute_force_log_abs_det(flow, x)
+    assert distance(flow.log_prob(x), expected) < 1e-12
+    assert distance(-flow.energy(x) - flow.log_z(), expected) < 1e-12
+
+
+@architectures
+def test_linear_layers_have_a_constant_log_determinant_and_it_is_the_brute_force_one(architecture):
+    flow = perturbed(ARCHITECTURES[architecture]())
+    for layer, shape in zip(flow.layers, flow.shapes):
+        x = torch.randn(2, *shape)
+        expected = brute_force_log_abs_det(lambda x: layer(x) if isinstance(layer, LinearLayer) else layer(x)[0], x)
+        found = layer.log_abs_det(shape).expand(2) if isinstance(layer, LinearLayer) else layer(x)[1]
+        torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-11)
+
+
+@architectures
+def test_the_score_is_minus_the_gradient_of_the_energy_and_the_gradient_of_log_prob(architecture):
+    flow = perturbed(ARCHITECTURES[architecture]())
+    x = torch.randn(4, *flow.shape)
+    step = 1e-6 * torch.randn_like(x)
+    for log_density in (flow.log_prob, lambda x: -flow.energy(x)):
+        difference = log_density(x + step) - log_density(x - step)
+        assert distance((2 * flow.score(x) * step).flatten(1).sum(1), difference) < 1e-7
+
+
+@pytest.mark.parametrize("architecture", PLANES)
+def test_the_density_integrates_to_one(architecture):
+    flow = perturbed(PLANES[architecture]())
+    with torch.no_grad():
+        samples = flow.sample(2000).flatten(1)
+        center, half_width = samples.mean(0), 3 * (samples - samples.mean(0)).abs().amax(0)
+        t = torch.linspace(-1, 1, 801)
+        grid = center + half_width * torch.cartesian_prod(t, t)
+        density = flow.log_prob(grid.view(-1, *flow.shape)).exp()
+    assert abs(density.sum() * (half_width * (t[1] - t[0])).prod() - 1) < 1e-7
+
+
+@architectures
+def test_inverse_undoes_forward(architecture):
+    flow = perturbed(ARCHITECTURES[architecture]())
+    x = torch.randn(4, *flow.shape)
+    assert distance(flow.inverse(flow(x)), x) < 1e-11
+    u = torch.randn(4, *flow.shapes[-1])
+    assert distance(flow(flow.inverse(u)), u) < 1e-11
+
+
+# ---------------------------------------------------------------------------------------------------------
+# 2. Score matching does not see the linear layers' determinants
+# ---------------------------------------------------------------------------------------------------------
+
+
+@architectures
+@objectives
+def test_score_matching_has_the_same_gradient_with_the_energy_as_with_the_exact_log_density(architecture, objective):
+    flow = perturbed(ARCHITECTURES[architecture]())
+    x = torch.randn(3, *flow.shape)
+    found = []
+    for energy in (flow.energy, lambda x: -flow.log_prob(x)):  # they differ by log Z, the linear log-determinants
+        torch.manual_seed(1)
+        found.append(gradients(SCORE_MATCHING[objective](energy, x), flow))
+    for name in found[0]:
+        scale = flat(found[1]).norm()
+        assert (found[0][name] - found[1][name]).norm() < 1e-10 * scale, name
+
+
+@pytest.mark.parametrize("architecture", ["fully-connected", "coupling"])
+def test_maximum_likelihood_does_see_them_and_the_difference_is_minus_the_inverse_transpose(architecture):
+    flow = perturbed(ARCHITECTURES[architecture]())
+    x = torch.randn(3, *flow.shape)
+    exact = gradients(losses.ml(flow.log_prob, x), flow)
+    without = gradients(flow.energy(x).mean(), flow)
+    for i, layer in enumerate(flow.layers):
+        if isinstance(layer, FullyConnected):
+            name = f"layers.{i}.weight"
+            inverse = torch.from_numpy(np.linalg.inv(layer.weight.detach().numpy()))
+            assert distance(exact[name] - without[name], -inverse.T) < 1e-10
+
+
+def test_for_a_convolution_the_difference_is_minus_the_inverse_transpose_of_its_matrix():
+    flow = perturbed(EBFlow([Convolution(2, 3)], (2, 3, 4)))
+    layer, x = flow.layers[0], torch.randn(3, 2, 3, 4)
+    difference = (gradients(losses.ml(flow.log_prob, x), flow)["layers.0.weight"]
+                  - gradients(flow.energy(x).mean(), flow)["layers.0.weight"])
+    inverse = np.linalg.inv(jacrev(layer)(torch.zeros(1, 2, 3, 4)).view(24, 24).detach().numpy())
+    expected = torch.empty_like(layer.weight)
+    for k in itertools.product(*map(range, layer.weight.shape)):  # d log|det M| / d w_k = tr(M⁻¹ dM/dw_k)
+        unit = Convolution(2, 3)
+        torch.nn.init.zeros_(unit.weight).data[k] = 1
+        expected[k] = -np.trace(inverse @ jacrev(unit)(torch.zeros(1, 2, 3, 4)).view(24, 24).detach().numpy())
+    assert distance(difference, expected) < 1e-10
+
+
+class Recorder(TorchDispatchMode):
+    """The names of all operations that torch carries out."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.add(function.__name__.split(".")[0])
+        return function(*args, **(kwargs or {}))
+
+    @property
+    def factorizations(self):
+        pattern = r"det$|_lu|lu_|solve|_inv|inverse|cholesky|linalg_(qr|svd|eig)"
+        return {name for name in self.names if re.search(pattern, name) and "relu" not in name and "silu" not in name}
+
+
+def settings(loss):
+    return argparse.Namespace(loss=loss, **DEFAULTS[loss])
+
+
+def one_training_step(flow, loss):
+    a = settings(loss)
+    x = torch.randn(4, *flow.shape)
+    return train_step(a, flow, x, make_optimizer(a, list(flow.parameters())))
+
+
+@architectures
+@pytest.mark.parametrize("loss", ["ssm", "fdssm", "dsm"])
+def test_a_training_step_of_score_matching_factorizes_nothing(architecture, loss, monkeypatch):
+    flow = perturbed(ARCHITECTURES[architecture]())
+    for layer in flow.layers:
+        if isinstance(layer, LinearLayer):
+            monkeypatch.setattr(layer, "log_abs_det", lambda shape: pytest.fail("asked for a linear determinant"))
+    with Recorder() as recorder:
+        one_training_step(flow, loss)
+    assert {"mm", "addmm", "convolution"} & recorder.names  # it did record
+    assert recorder.factorizations == set()
+
+
+@architectures
+def test_a_training_step_of_maximum_likelihood_does(architecture):
+    flow = perturbed(ARCHITECTURES[architecture]())
+    with Recorder() as recorder:
+        one_training_step(flow, "ml")
+    assert "_linalg_slogdet" in recorder.factorizations
+    with Recorder() as recorder:
+        one_training_step(flow, "sml")
+    assert "_linalg_solve_ex" in recorder.factorizations
+
+
+# ---------------------------------------------------------------------------------------------------------
+# 3. The objectives are what they claim to be
+# ---------------------------------------------------------------------------------------------------------
+
+
+@architectures
+def test_ssm_averaged_over_all_sign_vectors_is_sm(architecture):
+    flow = perturbed(ARCHITECTURES[architecture]())
+    x = torch.randn(2, *flow.shape)
+    D = x[0].numel()
+    if D > 8:  # 2¹⁶ sign vectors: the columns of a Hadamard matrix have the same E[v vᵀ] = I
+        signs = torch.ones(1, 1)
+        while len(signs) < D:
+            signs = torch.cat([torch.cat([signs, signs], 1), torch.cat([signs, -signs], 1)])
+    else:
+        signs = torch.tensor(list(itertools.product([-1.0, 1.0], repeat=D)))
+    average = sum(losses.ssm(flow.energy, x, v.view(1, *flow.shape).expand_as(x)) for v in signs) / len(signs)
+    torch.testing.assert_close(average, losses.sm(flow.energy, x), rtol=1e-11, atol=1e-11)
+
+
+def test_sm_is_half_the_squared_gradient_minus_the_trace_of_the_hessian():
+    flow = perturbed(fc_flow(4))
+    x = torch.randn(3, 4)
+    expected = []
+    for sample in x:
+        energy = lambda s: flow.energy(s[None])[0]  # noqa: E731
+        hessian = torch.autograd.functional.hessian(energy, sample)
+        expected.append(0.5 * flow.score(sample[None]).square().sum() - hessian.trace())
+    torch.testing.assert_close(losses.sm(flow.energy, x), torch.stack(expected).mean(), rtol=1e-12, atol=1e-12)
+
+
+@architectures
+def test_fdssm_along_the_axes_tends_to_sm_with_an_error_of_second_order(architecture):
+    flow = perturbed(ARCHITECTURES[architecture]())
+    x = torch.randn(2, *flow.shape)
+    exact = losses.sm(flow.energy, x).item()
+    axes = torch.eye(x[0].numel()).view(-1, *flow.shape)
+    xis = [0.08, 0.04, 0.02]
+    averages = [sum(losses.fdssm(flow.energy, x, xi, eps=(xi * e).expand_as(x)).item() for e in axes) / len(axes)
+                for xi in xis]
+    errors = [abs(average - exact) for average in averages]
+    slopes = [math.log2(a / b) for a, b in zip(errors, errors[1:])]
+    assert all(abs(slope - 2) < 0.05 for slope in slopes), slopes
+
+
+def gauss_hermite(n):
+    """Nodes and weights of the expectation under N(0, 1)."""
+    nodes, weights = np.polynomial.hermite_e.hermegauss(n)
+    return torch.from_numpy(nodes), torch.from_numpy(weights / weights.sum())
+
+
+def test_dsm_has_the_gradient_of_explicit_score_matching_to_the_smoothed_data():
+    flow = perturbed(fc_flow(1))
+    data, sigma = torch.tensor([-1.0, 0.2, 0.9]), 0.5
+    nodes, weights = gauss_hermite(150)
+
+    denoising = sum(w * losses.dsm(flow.energy, data[:, None], sigma, n.expand(3, 1)) for n, w in zip(nodes, weights))
+
+    # E over the smoothed density of ½(∇E + ∇log p_σ)², with p_σ the mixture of normals on the data
+    y = (data[:, None] + sigma * nodes).view(-1, 1).requires_grad_()
+    gradient, = torch.autograd.grad(flow.energy(y).sum(), y, create_graph=True)
+    log_p = torch.logsumexp(-0.5 * ((y - data) / sigma).square(), dim=1)
+    score, = torch.autograd.grad(log_p.sum(), y)
+    explicit = (weights.repeat(3) / 3 * 0.5 * (gradient + score).square().sum(1)).sum()
+
+    assert distance(flat(gradients(denoising, flow)), flat(gradients(explicit, flow))) < 1e-8
+
+
+def test_sml_has_the_gradient_of_ml_exactly_for_a_linear_flow():
+    """∇_θ E is a quadratic form in u for a linear flow: the 2D points ±√D e_i have its expectation."""
+    flow = perturbed(EBFlow([FullyConnected(4), FullyConnected(4)], (4,)))
+    x = torch.randn(3, 4)
+    u = math.sqrt(4) * torch.cat([torch.eye(4), -torch.eye(4)])
+    sml = gradients(losses.sml(flow.energy, x, flow.inverse(u)), flow)
+    ml = gradients(losses.ml(flow.log_prob, x), flow)
+    assert distance(flat(sml), flat(ml)) < 1e-12
+
+
+def test_sml_has_the_gradient_of_ml_for_a_nonlinear_flow_by_quadrature():
+    flow = perturbed(fc_flow(1))
+    x = torch.randn(3, 1)
+    sml = sum(w * losses.sml(flow.energy, x, flow.inverse(u.view(1, 1))) for u, w in zip(*gauss_hermite(150)))
+    assert distance(flat(gradients(sml, flow)), flat(gradients(losses.ml(flow.log_prob, x), flow))) < 1e-6
+
+
+def test_the_draws_that_the_objectives_make_have_the_right_law():
+    """An energy that records what it is given: signs ±1, a sphere of radius ξ, a normal of deviation σ."""
+    seen = []
+
+    def energy(x):
+        seen.append(x.detach())
+        return 0.5 * x.square().flatten(1).sum(1)
+
+    x = torch.zeros(20_000, 1, 2, 2)
+    losses.dsm(energy, x, sigma=0.7)
+    assert abs(seen[0].std() - 0.7) < 0.01 and abs(seen[0].mean()) < 0.01
+    losses.fdssm(energy, x, xi=0.7)
+    _, plus, minus = seen[1].flatten(1).chunk(3)
+    assert torch.equal(plus, -minus)
+    torch.testing.assert_close(plus.norm(dim=1), torch.full((20_000,), 0.7))
+    assert (plus.T @ plus / 20_000 - 0.7**2 / 4 * torch.eye(4)).abs().max() < 0.01
+    x = torch.randn(20_000, 4)  # for E = ½ xᵀAx the value is ½‖Ax‖² - vᵀAv, and E[vᵀAv] = tr A
+    A = torch.randn(4, 4) + torch.randn(4, 4).T
+    A = A + A.T
+    found = losses.ssm(lambda x: 0.5 * ((x @ A) * x).sum(1), x)
+    assert abs(found - 0.5 * (x @ A).square().sum(1).mean() + A.trace()) < 0.3
+
+
+@objectives
+def test_an_energy_may_be_any_callable(objective):
+    """½‖x‖², a torch module: sm = ½‖x‖² - D, whatever the event's shape."""
+    class Quadratic(torch.nn.Module):
+        def forward(self, x):
+            return 0.5 * x.square().flatten(1).sum(1)
+
+    for shape in [(6,), (1, 2, 3)]:
+        x = torch.randn(2, *shape)
+        with torch.no_grad():
+            value = SCORE_MATCHING[objective](Quadratic(), x)
+        if objective in ("sm", "ssm"):
+            torch.testing.assert_close(value, (0.5 * x.square().flatten(1).sum(1) - 6).mean())
+        assert value.shape == () and value.isfinite()
+
+
+# ---------------------------------------------------------------------------------------------------------
+# 4. Match after pre-processing
+# ---------------------------------------------------------------------------------------------------------
+
+
+def test_nll_is_the_same_with_the_preprocessing_inside_the_flow_or_outside():
+    pre = logit_preprocessing((6,), s=0.5, mean=torch.randn(6))
+    flow = perturbed(fc_flow(6))
+    x = 256 * torch.rand(4, 6)
+    inside = EBFlow([*pre.layers, *flow.layers], (6,)).log_prob(x)
+    outside = flow.log_prob(pre(x)) + brute_force_log_abs_det(pre, x)
+    assert distance(inside, outside) < 1e-11
+
+
+# ---------------------------------------------------------------------------------------------------------
+# 5. Every layer's derivatives, and other devices
+# ---------------------------------------------------------------------------------------------------------
+
+LAYERS = {
+    "FullyConnected": (lambda: FullyConnected(3), (3,)),
+    "Convolution": (lambda: Convolution(2, 3), (2, 2, 3)),
+    "Conv1x1": (lambda: Conv1x1(2), (2, 2, 2)),
+    "ActNorm": (lambda: ActNorm(2), (2, 2, 2)),
+    "Squeeze": (lambda: Squeeze(), (1, 2, 4)),
+    "Standardize": (lambda: Standardize(std=2.0, mean=torch.randn(3)), (3,)),
+    "SmoothLeakyReLU": (lambda: SmoothLeakyReLU(), (3,)),
+    "SmoothLeakyReLU residual": (lambda: SmoothLeakyReLU(residual=True), (3,)),
+    "AffineCoupling": (lambda: AffineCoupling(torch.nn.Linear(2, 2)), (3,)),
+    "AffineCoupling swapped": (lambda: AffineCoupling(torch.nn.Linear(1, 4), swap=True), (3,)),
+    "Logit": (lambda: Logit(), (3,)),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_first_and_second_derivatives_of_every_layer_agree_with_finite_differences(name):
+    make, shape = LAYERS[name]
+    layer = perturbed(make())
+    x = torch.rand(2, *shape) * 0.8 + 0.1  # inside the domain of every layer
+    names, parameters = zip(*layer.named_parameters()) if list(layer.parameters()) else ((), ())
+    inputs = [t.detach().clone().requires_grad_() for t in (x, *parameters)]
+
+    def function(x, *parameters):
+        return functional_call(layer, dict(zip(names, parameters)), (x,))
+
+    assert torch.autograd.gradcheck(function, inputs)
+    assert torch.autograd.gradgradcheck(function, inputs)
+
+
+@architectures
+@pytest.mark.parametrize("loss", DEFAULTS)
+def test_a_training_step_runs_on_the_meta_device(architecture, loss):
+    """No number is computed there, but a tensor created on another device is an error."""
+    flow = ARCHITECTURES[architecture]().to("meta")
+    a = settings(loss)
+    x = torch.randn(4, *flow.shape, device="meta")
+    result = train_step(a, flow, x, torch.optim.Adam(flow.parameters()))
+    assert result.device.type == "meta"

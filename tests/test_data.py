@@ -1,0 +1,106 @@
+"""The IDX reader against the format's own definition, and everything that it refuses."""
+
+import gzip
+import hashlib
+import shutil
+import struct
+from pathlib import Path
+
+import pytest
+import torch
+
+from data import DataError, dequantize, mnist, read_idx
+
+MNIST = Path(__file__).parent.parent / "mnist"
+
+
+def write_idx(path, images):
+    header = struct.pack(">HBB", 0, 8, images.dim()) + struct.pack(f">{images.dim()}I", *images.shape)
+    data = header + images.numpy().tobytes()
+    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+
+
+def small_data_set(directory, n=300, test=40, size=4):
+    """A data set in MNIST's format: each image a random shade with noise."""
+    generator = torch.Generator().manual_seed(0)
+    for name, count in (("train", n), ("t10k", test)):
+        shade = torch.randint(0, 200, (count, 1, 1), generator=generator)
+        images = (shade + torch.randint(0, 56, (count, size, size), generator=generator)).to(torch.uint8)
+        write_idx(directory / f"{name}-images-idx3-ubyte.gz", images)
+    return directory
+
+
+def test_mnist_is_what_everybody_knows_it_to_be():
+    train, validation, test = mnist(MNIST)
+    assert train.shape == (50_000, 1, 28, 28) and validation.shape == test.shape == (10_000, 1, 28, 28)
+    assert train.dtype == torch.uint8
+    pixels = torch.cat([train, validation]).double() / 255
+    assert abs(pixels.mean() - 0.1307) < 5e-5 and abs(pixels.std() - 0.3081) < 5e-5  # the figures in many a script
+    assert read_idx(MNIST / "t10k-labels-idx1-ubyte.gz")[:5].tolist() == [7, 2, 1, 0, 4]
+
+
+def test_a_file_is_read_gzipped_or_not(tmp_path):
+    images = torch.arange(24, dtype=torch.uint8).view(2, 3, 4)
+    for name in ("a.gz", "a"):
+        write_idx(tmp_path / name, images)
+        assert torch.equal(read_idx(tmp_path / name), images)
+
+
+def test_any_data_set_in_the_format_is_taken_without_checksums(tmp_path):
+    train, validation, test = mnist(small_data_set(tmp_path, n=30, test=7))
+    assert (len(train), len(validation), len(test)) == (25, 5, 7)
+
+
+def damage(directory, kind):
+    path = directory / "train-images-idx3-ubyte.gz"
+    data = path.read_bytes()
+    if kind == "missing":
+        path.unlink()
+    elif kind == "truncated":
+        path.write_bytes(data[: len(data) // 2])
+    elif kind == "not gzip":
+        path.write_bytes(b"<html>404</html>")
+    elif kind == "not idx":
+        path.write_bytes(gzip.compress(b"\x00\x00\x0d\x03" + bytes(12)))
+    elif kind == "short":
+        path.write_bytes(gzip.compress(gzip.decompress(data)[:-1]))
+    elif kind == "altered":
+        (directory / "SHA256SUMS").write_text(f"{hashlib.sha256(data).hexdigest()}  {path.name}\n")
+        write_idx(path, torch.zeros(300, 4, 4, dtype=torch.uint8))
+    elif kind == "labels":
+        write_idx(path, torch.zeros(300, dtype=torch.uint8))
+    elif kind == "other size":
+        write_idx(path, torch.zeros(300, 5, 5, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize("kind, message", [
+    ("missing", "no train-images-idx3-ubyte.gz"), ("truncated", "cannot read .*train-images"),
+    ("not gzip", "cannot read .*train-images"), ("not idx", "not an IDX file"),
+    ("short", "4799 bytes of data, its header promises 4800"), ("altered", "damaged or altered"),
+    ("labels", "1 axes"), ("other size", r"\(1, 5, 5\), test images \(1, 4, 4\)")])
+def test_a_bad_file_is_named_with_what_was_expected(tmp_path, kind, message):
+    damage(small_data_set(tmp_path), kind)
+    with pytest.raises(DataError, match=message):
+        mnist(tmp_path)
+
+
+def test_too_few_images_for_the_validation_split(tmp_path):
+    with pytest.raises(DataError, match="too few"):
+        mnist(small_data_set(tmp_path, n=5))
+
+
+def test_every_bundled_file_has_a_checksum_and_an_altered_copy_is_refused(tmp_path):
+    copy = shutil.copytree(MNIST, tmp_path / "mnist")
+    path = copy / "t10k-images-idx3-ubyte.gz"
+    path.write_bytes(path.read_bytes() + b"\0")
+    with pytest.raises(DataError, match="t10k-images-idx3-ubyte.gz is damaged or altered"):
+        mnist(copy)
+    names = {line.split()[1] for line in (MNIST / "SHA256SUMS").read_text().splitlines()}
+    assert names == {p.name for p in MNIST.glob("*.gz")}
+
+
+def test_dequantisation_is_uniform_within_each_unit_cube():
+    images = torch.tensor([[0, 7, 255]], dtype=torch.uint8).repeat(20_000, 1)
+    u = dequantize(images) - images
+    assert u.min() >= 0 and u.max() <= 1 and u.dtype == torch.float32
+    assert (u.mean(0) - 0.5).abs().max() < 0.01 and (u.var(0) - 1 / 12).abs().max() < 0.003

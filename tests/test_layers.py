@@ -1,0 +1,121 @@
+"""Layers and flows: shapes, inverses to the dtype's precision, and what they refuse."""
+
+import doctest
+
+import pytest
+import torch
+
+import ebflow
+import layers
+from ebflow import EBFlow, cnn_flow, fc_flow, toy_flow
+from layers import ActNorm, Convolution, FullyConnected, Logit, SmoothLeakyReLU, Squeeze
+
+
+@pytest.mark.parametrize("dtype, accuracy", [(torch.float32, 1e-6), (torch.float64, 4e-15)])
+@pytest.mark.parametrize("alpha", [0.01, 0.3, 0.99])
+@pytest.mark.parametrize("residual", [False, True])
+def test_the_inverse_of_the_activation_is_exact_to_the_dtype(dtype, accuracy, alpha, residual):
+    activation = SmoothLeakyReLU(alpha, residual)
+    x = torch.cat([torch.linspace(-100, 100, 20_001), torch.linspace(-3, 3, 20_001)]).to(dtype)[:, None]
+    y = activation(x)[0]
+    assert ((activation(activation.inverse(y))[0] - y).abs() / (1 + y.abs())).max() < accuracy
+    assert activation.inverse(y).dtype == dtype
+
+
+def test_newton_on_the_activation_has_iterations_to_spare():
+    """Ten are done; six reach float64 at the paper's slope, since f is convex and the start lies above the root."""
+    for alpha in (0.3, 0.9):
+        y = torch.linspace(-50, 50, 10_001, dtype=torch.float64)
+        x = torch.where(y > 0, y, y / alpha)
+        for _ in range(6):
+            f = alpha * x + (1 - alpha) * torch.nn.functional.softplus(x)
+            x = x - (f - y) / (alpha + (1 - alpha) * torch.sigmoid(x))
+        f = alpha * x + (1 - alpha) * torch.nn.functional.softplus(x)
+        assert ((f - y).abs() / (1 + y.abs())).max() < 1e-14
+
+
+def test_the_logit_of_the_darkest_and_the_brightest_pixel_is_finite():
+    logit = Logit()
+    x = torch.tensor([[0.0, 1.0, (255 + 1 - 2**-24) / 256]])
+    z, log_slope = logit(x)
+    assert z.isfinite().all() and log_slope.isfinite().all()
+    torch.testing.assert_close(logit.inverse(z), x, rtol=0, atol=1e-6)
+
+
+def test_actnorm_starts_from_its_data():
+    x = 3 + 5 * torch.randn(64, 4, 6, 6)
+    layer = ActNorm(4)
+    layer.initialize(x)
+    std, mean = torch.std_mean(layer(x), dim=(0, 2, 3))
+    torch.testing.assert_close(mean, torch.zeros(4), atol=1e-5, rtol=0)
+    torch.testing.assert_close(std, torch.ones(4), atol=1e-5, rtol=0)
+    with pytest.raises(ValueError, match="constant channel"):
+        layer.initialize(torch.zeros(8, 4))
+    flow = toy_flow(blocks=2, width=4)  # the second actnorm sees what the first one sends on
+    x = 3 + 5 * torch.randn(512, 2)
+    flow.initialize(x)
+    for layer in flow.layers[:6]:
+        x = layer(x) if isinstance(layer, layers.LinearLayer) else layer(x)[0]
+        if isinstance(layer, ActNorm):
+            torch.testing.assert_close(torch.std_mean(x, dim=0), (torch.ones(2), torch.zeros(2)), atol=1e-5, rtol=0)
+
+
+def test_samples_have_the_shape_the_dtype_and_the_law_of_the_model():
+    flow = EBFlow([FullyConnected(3)], (3,)).double()
+    with torch.no_grad():
+        flow.layers[0].weight.copy_(torch.tensor([[2.0, 0, 0], [1, 1, 0], [0, 0, 0.5]]))
+        flow.layers[0].bias.copy_(torch.tensor([1.0, 2, 3]))
+    x = flow.sample(200_000)
+    W = flow.layers[0].weight.detach()
+    assert x.shape == (200_000, 3) and x.dtype == torch.float64
+    assert (x.mean(0) + torch.linalg.solve(W, flow.layers[0].bias.detach())).abs().max() < 0.03
+    assert (torch.cov(x.T) - torch.linalg.inv(W.T @ W)).abs().max() < 0.05
+    assert cnn_flow((1, 8, 8), kernel_size=3).sample(5).shape == (5, 1, 8, 8)
+
+
+def test_determinants_are_computed_in_float64_whatever_the_dtype():
+    flow = cnn_flow((1, 8, 8), kernel_size=3)
+    assert flow.log_z().dtype == torch.float64
+    assert flow.bfloat16().log_z().dtype == torch.float64
+    flow = fc_flow(300)  # a determinant of 10⁻⁶⁰⁰, outside the range of float64
+    with torch.no_grad():
+        flow.layers[0].weight.mul_(0.01)
+    torch.testing.assert_close(flow.log_z().item(), -300 * torch.tensor(0.01).double().log().item())
+
+
+def test_a_singular_weight_is_an_error_that_names_the_layer():
+    for flow in (fc_flow(4), cnn_flow((1, 4, 4), kernel_size=3, blocks=1)):
+        with torch.no_grad():
+            flow.layers[2].weight.zero_()
+        name = type(flow.layers[2]).__name__
+        for use in (flow.log_z, lambda: flow.log_prob(torch.zeros(1, *flow.shape)), lambda: flow.sample(2)):
+            with pytest.raises(torch.linalg.LinAlgError, match=rf"layer 2 \({name}\)"):
+                use()
+        assert flow.energy(torch.zeros(1, *flow.shape)).isfinite().all()  # the energy does not need it
+
+
+@pytest.mark.parametrize("make, message", [
+    (lambda: cnn_flow((1, 6, 6)), "cannot squeeze"),
+    (lambda: EBFlow([FullyConnected(4)], (5,)), "4 dimensions"),
+    (lambda: EBFlow([Convolution(2, 3)], (3, 4, 4)), "2 channels"),
+    (lambda: Squeeze().output_shape((2, 4)), "even H, W"),
+    (lambda: Convolution(1, 4), "odd"),
+    (lambda: SmoothLeakyReLU(alpha=0.0), "between 0 and 1"),
+    (lambda: layers.Standardize(std=0.0), "positive"),
+])
+def test_a_shape_or_setting_that_cannot_be_is_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_printing_a_flow_says_where_each_log_determinant_goes():
+    lines = repr(cnn_flow((1, 28, 28))).splitlines()
+    assert lines[1].split() == ["0", "Convolution", "1×28×28", "yes", "50", "Z", "O(D³)"]
+    assert lines[2].split() == ["1", "SmoothLeakyReLU", "1×28×28", "no", "0", "E", "O(D)"]
+    assert lines[-1].split() == ["total", "26,796"]  # the paper: 0.027 M
+    assert repr(fc_flow(784)).splitlines()[-1].split() == ["total", "1,230,880"]  # the paper: 1.230 M
+
+
+@pytest.mark.parametrize("module", [layers, ebflow])
+def test_the_examples_in_the_docstrings_run(module):
+    assert doctest.testmod(module, extraglobs={"torch": torch}).failed == 0
