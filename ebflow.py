@@ -121,11 +121,14 @@ class EBFlow(nn.Module):
         for i, (layer, shape) in enumerate(zip(self.layers, self.shapes)):
             linear = isinstance(layer, LinearLayer)
             rows.append((f"{i} {type(layer).__name__}", "×".join(map(str, shape)), "yes" if linear else "no",
-                         f"{sum(p.numel() for p in layer.parameters()):,}", "Z" if linear else "E", layer.cost))
-        total = f"{sum(p.numel() for p in self.parameters()):,}"
-        rows.append(("total", "", "", total, "", ""))
+                         f"{count(layer):,}", "Z" if linear else "E", layer.cost))
+        rows.append(("total", "", "", f"{count(self):,}", "", ""))
         widths = [max(len(row[c]) for row in rows) for c in range(6)]
         return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths)).rstrip() for row in rows)
+
+
+def count(module):
+    return sum(p.numel() for p in module.parameters() if p.requires_grad)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -142,13 +145,13 @@ def logit_preprocessing(shape, s, mean=0.0):
     return EBFlow([Standardize(std=256.0), Logit(), Standardize(std=s, mean=mean)], shape)
 
 
-def fc_flow(dim=784, alpha=0.3, diagonal=1.0, bias=0.0):
+def fc_flow(dim=784, alpha=0.3, diagonal=1.0, bias=0.0, bend=None):
     """Two unconstrained dim × dim matrices with a smooth leaky ReLU between: the paper's FC.
 
     Both matrices start at diagonal · I and both biases at `bias`; the paper has -I and 1.
     """
     return EBFlow([FullyConnected(dim, diagonal, bias),
-                   SmoothLeakyReLU(alpha),
+                   SmoothLeakyReLU(alpha, bend=bend),
                    FullyConnected(dim, diagonal, bias)], (dim,))
 
 

@@ -237,41 +237,47 @@ class Standardize(LinearLayer):
 
 
 class SmoothLeakyReLU(NonlinearLayer):
-    """y = α x + (1 - α) softplus(x), element by element; `residual` adds x (the paper's form for CNNs).
+    """y = α x + (1 - α) softplus(x), element by element, the paper's activation; `residual` adds x (its CNN).
 
     dy/dx = α + (1 - α) sigmoid(x) lies in (α, 1), so the map is invertible.   x (B, …) -> y, (B,)
+
+    With a number for `bend`, the bend moves from 0 to -bend and the curve passes through the origin:
+    y = α x + (1 - α) (softplus(x + bend) - softplus(bend)). The biases beside it could do the same; but what
+    comes out has a mean near 0, and a step on the next weight does not shift all of its outputs together.
     Raises ValueError unless 0 < α < 1.
     """
 
-    def __init__(self, alpha=0.3, residual=False):
+    def __init__(self, alpha=0.3, residual=False, bend=None):
         super().__init__()
         if not 0 < alpha < 1:
             raise ValueError(f"alpha must lie between 0 and 1, not {alpha}")
-        self.a = alpha + residual  # y = a x + b softplus(x)
-        self.b = 1 - alpha
+        self.a, self.b = alpha + residual, 1 - alpha  # y = a x + b softplus(x + shift) - c
+        self.shift = bend or 0.0
+        self.c = 0.0 if bend is None else self.b * math.log1p(math.exp(bend))
 
     def forward(self, x):
-        y = self.a * x + self.b * F.softplus(x)
-        log_slope = torch.log(self.a + self.b * torch.sigmoid(x))
+        y = self.a * x + self.b * F.softplus(x + self.shift) - self.c
+        log_slope = torch.log(self.a + self.b * torch.sigmoid(x + self.shift))
         return y, log_slope.flatten(1).sum(1)
 
     def inverse(self, y):
         """Newton's iteration, to the dtype's precision, from a side where it cannot overshoot.
 
-        f is convex and increasing. max(0, x) ≤ softplus(x) ≤ max(0, x) + ln 2 brackets the root: it lies
-        between the inverses of the two piecewise linear bounds. Started at the upper one, where f(x) ≥ y,
-        every step of Newton on a convex increasing f ends at or above the root, so the iterates descend on
-        it; the clamp keeps them in the bracket under rounding.
+        f(h) = a h + b softplus(h), h = x + shift, is convex and increasing, and max(0, h) ≤ softplus(h) ≤
+        max(0, h) + ln 2 brackets its root between the inverses of two piecewise linear bounds. Started at the
+        upper one, where f(h) ≥ y, every step of Newton on a convex increasing f ends at or above the root, so
+        the iterates descend on it; the clamp keeps them in the bracket under rounding.
         """
-        def inverse_bound(y):  # of a x + b max(0, x)
+        def inverse_bound(y):  # of a h + b max(0, h)
             return torch.where(y > 0, y / (self.a + self.b), y / self.a)
 
+        y = y + self.c + self.a * self.shift
         low, high = inverse_bound(y - self.b * math.log(2)), inverse_bound(y)
-        x = high
+        h = high
         for _ in range(10):  # quadratic: float64 takes 6 at α = 0.3, 10 at 0.01
-            f = self.a * x + self.b * F.softplus(x)
-            x = (x - (f - y) / (self.a + self.b * torch.sigmoid(x))).clamp(low, high)
-        return x
+            f = self.a * h + self.b * F.softplus(h)
+            h = (h - (f - y) / (self.a + self.b * torch.sigmoid(h))).clamp(low, high)
+        return h - self.shift
 
 
 class AffineCoupling(NonlinearLayer):

@@ -16,13 +16,13 @@ class RunError(Exception):
 
 
 class Run:
-    """The directory DIR of one training run: config.json, checkpoint.pt, metrics.jsonl and pictures.
+    """The directory of one training run: config.json, checkpoint.pt, metrics.jsonl and pictures.
 
-    config   the settings that decide the result, as a flat dict of JSON values
-    resume   go on from DIR/checkpoint.pt: its settings must be these
-    overwrite  drop the run that DIR holds
+    config     the settings that decide the result, a flat dict of JSON values
+    resume     go on from the checkpoint, whose settings must be these
+    overwrite  drop the run that the directory holds
 
-    `state` is the last checkpoint, or None; `metrics` the list of its rows. Raises RunError.
+    `state` is what the last checkpoint holds, None at the beginning; `metrics` a list of rows. Raises RunError.
     """
 
     def __init__(self, directory, config, resume=False, overwrite=False):
@@ -46,7 +46,10 @@ class Run:
 
     def _load(self, path):
         if not path.exists():
-            raise RunError(f"nothing to resume: there is no {path}; start the run without --resume")
+            if not (self.directory / "config.json").exists():
+                raise RunError(f"nothing to resume: there is no {path}; start the run without --resume")
+            # killed before its first checkpoint: the beginning is where it goes on
+            return self._compare(path.with_name("config.json"), json.loads(path.with_name("config.json").read_bytes()))
         try:
             with zipfile.ZipFile(path) as archive:
                 if archive.testzip() is not None:  # checksums, which torch.load does not look at
@@ -55,6 +58,9 @@ class Run:
             config, self.state, self.metrics = (checkpoint[k] for k in ("config", "state", "metrics"))
         except Exception as error:  # torch raises many kinds for a damaged file
             raise RunError(f"{path} is damaged ({type(error).__name__}): delete it and start anew with --overwrite") from None
+        self._compare(path, config)
+
+    def _compare(self, path, config):
         different = [f"{k} is {config.get(k)} there and {self.config.get(k)} here"
                      for k in sorted({*config, *self.config}) if config.get(k) != self.config.get(k)]
         if different:

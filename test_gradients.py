@@ -392,6 +392,7 @@ LAYERS = {
     "Standardize": (lambda: Standardize(std=2.0, mean=torch.randn(3)), (3,)),
     "SmoothLeakyReLU": (lambda: SmoothLeakyReLU(), (3,)),
     "SmoothLeakyReLU residual": (lambda: SmoothLeakyReLU(residual=True), (3,)),
+    "SmoothLeakyReLU bend": (lambda: SmoothLeakyReLU(bend=1.5), (3,)),
     "AffineCoupling": (lambda: AffineCoupling(torch.nn.Linear(2, 2)), (3,)),
     "AffineCoupling swapped": (lambda: AffineCoupling(torch.nn.Linear(1, 4), swap=True), (3,)),
     "Logit": (lambda: Logit(), (3,)),

@@ -23,50 +23,72 @@ from tqdm import tqdm
 import losses
 from data import DataError, dequantize, mnist
 from ebflow import EBFlow, fc_flow, logit_preprocessing
+from layers import FullyConnected
 from run import Run, RunError, one_line_errors
 
 # The settings that a flag of the same name changes. `--paper` takes the published ones instead.
 COMMON = dict(
-    epochs=30,
+    epochs=20,
     batch_size=100,
     optimizer="adam",
-    lr=3e-3,            # at its peak: rises over the first `warmup` of the run, then falls to 0 as a cosine
-    warmup=0.1,
+    lr=3e-4,            # at its peak: rises over the first `warmup` of the run, then falls to 0 as a cosine
+    warmup=0.05,
     ema_decay=0.999,    # θ̃ ← mθ̃ + (1-m)θ after each step
     clip=0.0,           # largest norm of the gradient; 0: any
-    s=0.5,              # the flow's datum is z = (logit(x / 256) - mean) / s
-    center=True,        # mean: each pixel's over the training split, or 0
+    s=1.0,              # the flow's datum is z = (logit(x / 256) - mean) / s,
+    center=True,        # mean: each pixel's over the training split, or 0,
+    whiten=True,        # times the inverse square root of its covariance: score matching then weighs all alike
     diagonal=1.0,       # initial weights: diagonal · I
     bias=0.0,           # initial biases
+    bend=1.5,           # where the activation bends (see SmoothLeakyReLU)
 )
 DEFAULTS = {
-    "ml": COMMON,
-    "sml": COMMON | dict(model_samples=100),  # x' of one step
+    "ml": COMMON | dict(lr=6e-3, batch_size=200, epochs=40, whiten=False, bend=0.0),
+    "sml": COMMON | dict(lr=3e-3, batch_size=200, epochs=25, whiten=False, bend=0.0, model_samples=400),
     "ssm": COMMON,
-    "dsm": COMMON | dict(sigma=1.0),
-    "fdssm": COMMON | dict(xi=1.0, clip=5.0),
+    "dsm": COMMON | dict(sigma=0.3, antithetic=True),
+    "fdssm": COMMON | dict(lr=1e-4, batch_size=500, epochs=60, xi=1.0),
 }
-PUBLISHED = dict(epochs=50, batch_size=100, optimizer="rmsprop", lr=1e-4, warmup=0.0, center=False,
-                 diagonal=-1.0, bias=1.0, s=0.5, ema_decay=0.999)
+PUBLISHED = COMMON | dict(epochs=50, optimizer="rmsprop", lr=1e-4, s=0.5, center=False, whiten=False, diagonal=-1.0,
+                          bias=1.0, bend=None)
 PAPER = {
-    "ml": COMMON | PUBLISHED,
-    "sml": COMMON | PUBLISHED | dict(model_samples=100),
-    "ssm": COMMON | PUBLISHED,
-    "dsm": COMMON | PUBLISHED | dict(sigma=1.0),
-    "fdssm": COMMON | PUBLISHED | dict(xi=1.0, clip=5.0),
+    "ml": PUBLISHED,
+    "sml": PUBLISHED | dict(model_samples=100),
+    "ssm": PUBLISHED,
+    "dsm": PUBLISHED | dict(sigma=1.0, antithetic=False),
+    "fdssm": PUBLISHED | dict(xi=1.0, clip=5.0),
 }
 
 
+@torch.no_grad()
 def build(a, images):
-    """The pre-processing x -> z, the flow of z, and the flow of x that the two are together."""
+    """The pre-processing x -> z, the flow of z, and the flow of x that the two are together.
+
+    Its constants are measured on the training images. Whitening is one more matrix, but not one more layer of
+    the model: W₁ times it is another W₁, so that the family of densities is the same with and without it.
+    """
     shape = (images[0].numel(),)
     pre = logit_preprocessing(shape, a.s)
     if a.center:
-        logit = logit_preprocessing(shape, s=1.0)
-        total = sum(logit(dequantize(batch)).sum(0) for batch in images.flatten(1).split(1000))
-        pre = logit_preprocessing(shape, a.s, mean=total / len(images))
-    flow = fc_flow(*shape, diagonal=a.diagonal, bias=a.bias)
+        mean, covariance = moments(pre, images)
+        pre = logit_preprocessing(shape, a.s, mean=a.s * mean)
+        if a.whiten:
+            variances, U = torch.linalg.eigh(covariance)
+            whitening = FullyConnected(*shape).requires_grad_(False)
+            whitening.weight.copy_(U @ (variances.rsqrt()[:, None] * U.T))  # symmetric: pixels stay pixels
+            pre = EBFlow([*pre.layers, whitening], shape)
+    flow = fc_flow(*shape, diagonal=a.diagonal, bias=a.bias, bend=a.bend)
     return pre, flow, EBFlow([*pre.layers, *flow.layers], shape)
+
+
+def moments(transformation, images):
+    """Mean and covariance of the transformed images, in float64.   uint8 (n, …) -> (D,), (D, D)"""
+    first, second = 0.0, 0.0
+    for batch in images.flatten(1).split(1000):
+        z = transformation(dequantize(batch)).double()
+        first, second = first + z.sum(0), second + z.T @ z
+    mean = first / len(images)
+    return mean, second / len(images) - mean.outer(mean)
 
 
 def objective(a, model, x):
@@ -77,9 +99,16 @@ def objective(a, model, x):
         return losses.sml(model.energy, x, model.sample(a.model_samples))
     if a.loss == "ssm":
         return losses.ssm(model.energy, x)
-    if a.loss == "dsm":
-        return losses.dsm(model.energy, x, a.sigma)
-    return losses.fdssm(model.energy, x, a.xi)
+    if a.loss == "fdssm":
+        return losses.fdssm(model.energy, x, a.xi)
+    noise = torch.randn_like(x)
+    if a.antithetic:  # each image with n and with -n: what is odd in n, of variance 1/σ², cancels
+        x, noise = torch.cat([x, x]), torch.cat([noise, -noise])
+    return losses.dsm(model.energy, x, a.sigma, noise)
+
+
+def trainable(model):
+    return [p for p in model.parameters() if p.requires_grad]
 
 
 def make_optimizer(a, parameters):
@@ -106,7 +135,7 @@ def moving_average(m):
 
 def train_step(a, model, x, optimizer):
     """One update of the parameters.   -> (2,): the loss and the norm of its gradient, still on the device"""
-    parameters = list(model.parameters())
+    parameters = trainable(model)
     loss = objective(a, model, x)
     optimizer.zero_grad()
     # `inputs`: the noisy image is a leaf as well, and would be given a gradient that nobody reads. `backward`, not
@@ -140,7 +169,10 @@ def train(a):
     device = torch.device(a.device if a.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
     splits = mnist(a.data)
     torch.manual_seed(a.seed)
-    pre, flow, image_model = (part.to(device) for part in build(a, splits[0]))
+    try:
+        pre, flow, image_model = (part.to(device) for part in build(a, splits[0]))
+    except ValueError as error:
+        raise RunError(f"--arch {a.arch} cannot take images of {tuple(splits[0].shape[1:])}: {error}") from None
     steps = len(splits[0]) // a.batch_size
     if steps == 0:
         raise RunError(f"{len(splits[0])} training images do not fill a batch of {a.batch_size}: lower --batch-size")
@@ -148,7 +180,7 @@ def train(a):
     train_set, val_set, test_set = (x.view(len(x), *flow.shape).to(device) for x in splits)  # bytes, on the device
 
     model = flow if a.map else image_model  # whose energy the objective sees
-    optimizer = make_optimizer(a, list(model.parameters()))
+    optimizer = make_optimizer(a, trainable(model))
     average = AveragedModel(image_model, multi_avg_fn=moving_average(a.ema_decay))
     evaluated = average.module if a.ema else image_model
     parts = {"model": image_model, "average": average, "optimizer": optimizer}
@@ -157,6 +189,9 @@ def train(a):
             part.load_state_dict(run.state[name])
     else:
         print(image_model)
+        start = evaluate(evaluated, val_set)  # epoch 0: what the start alone is worth
+        run.metrics.append({"epoch": 0, "step": 0, "loss": None, **likelihood("val", start, flow.shape),
+                            "seconds": 0.0, "batches_per_second": None})
 
     done = run.state["epoch"] if run.state else 0
     best = run.state["best"] if run.state else {"val_nll": math.inf}
@@ -202,7 +237,7 @@ def train(a):
     run.write_metrics()
     run.picture("curves.png", curves(run.metrics, a.loss))
     run.picture("samples.png", samples(image_model, splits[0].shape[1:]))
-    print(summary(run.metrics[-1], best, run.directory))
+    print(summary(run.metrics, best, run.directory))
 
 
 def check_finite(a, trace, epoch):
@@ -221,14 +256,14 @@ def likelihood(split, nll, shape):
 
 
 def curves(metrics, loss):
-    epochs = [row["epoch"] for row in metrics]
+    trained = [row for row in metrics if row["loss"] is not None]
     figure = Figure(figsize=(9, 3.2), layout="constrained")
     left, right = figure.subplots(1, 2)
-    left.plot(epochs, [row["val_nll"] for row in metrics], label="validation")
+    left.plot([row["epoch"] for row in metrics], [row["val_nll"] for row in metrics], label="validation")
     left.axhline(metrics[-1]["test_nll"], color="k", ls=":", label=f"test, {metrics[-1]['test_nll']:.1f} nats")
     left.set(xlabel="epoch", ylabel="NLL (nats)", title="exact negative log-likelihood")
     left.legend()
-    right.plot(epochs, [row["loss"] for row in metrics], color="C1")
+    right.plot([row["epoch"] for row in trained], [row["loss"] for row in trained], color="C1")
     right.set(xlabel="epoch", ylabel="loss", title=f"training objective: {loss}")
     for axes in (left, right):
         axes.grid(alpha=0.3)
@@ -249,8 +284,10 @@ def samples(model, image_shape, rows=8):
     return figure
 
 
-def summary(last, best, directory):
-    rows = [("validation NLL", f"{best['val_nll']:.2f} nats, epoch {best['epoch']}"),
+def summary(metrics, best, directory):
+    last = metrics[-1]
+    rows = [("at the start", f"{metrics[0]['val_nll']:.2f} nats on the validation split"),
+            ("validation NLL", f"{best['val_nll']:.2f} nats, epoch {best['epoch']}"),
             ("test NLL", f"{last['test_nll']:.2f} nats, {last['test_bpd']:.4f} bits/dim"),
             ("training", f"{last['seconds'] / 60:.1f} min, {last['batches_per_second']:.1f} batches/s"),
             ("written to", str(directory))]
@@ -314,7 +351,7 @@ def check_range(parser, a):
 
 def main(argv=None):
     a = parse(argv)
-    with one_line_errors(DataError, ValueError, torch.linalg.LinAlgError):
+    with one_line_errors(DataError, torch.linalg.LinAlgError):
         train(a)
 
 

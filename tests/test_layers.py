@@ -14,8 +14,9 @@ from layers import ActNorm, Convolution, FullyConnected, Logit, SmoothLeakyReLU,
 @pytest.mark.parametrize("dtype, accuracy", [(torch.float32, 1e-6), (torch.float64, 4e-15)])
 @pytest.mark.parametrize("alpha", [0.01, 0.3, 0.99])
 @pytest.mark.parametrize("residual", [False, True])
-def test_the_inverse_of_the_activation_is_exact_to_the_dtype(dtype, accuracy, alpha, residual):
-    activation = SmoothLeakyReLU(alpha, residual)
+@pytest.mark.parametrize("bend", [None, 0.0, 1.5])
+def test_the_inverse_of_the_activation_is_exact_to_the_dtype(dtype, accuracy, alpha, residual, bend):
+    activation = SmoothLeakyReLU(alpha, residual, bend)
     x = torch.cat([torch.linspace(-100, 100, 20_001), torch.linspace(-3, 3, 20_001)]).to(dtype)[:, None]
     y = activation(x)[0]
     assert ((activation(activation.inverse(y))[0] - y).abs() / (1 + y.abs())).max() < accuracy
@@ -32,6 +33,18 @@ def test_newton_on_the_activation_has_iterations_to_spare():
             x = x - (f - y) / (alpha + (1 - alpha) * torch.sigmoid(x))
         f = alpha * x + (1 - alpha) * torch.nn.functional.softplus(x)
         assert ((f - y).abs() / (1 + y.abs())).max() < 1e-14
+
+
+def test_the_activation_is_the_papers_and_with_a_bend_the_biases_could_do_the_same():
+    x = torch.linspace(-5, 5, 101, dtype=torch.float64)[:, None]
+    softplus = torch.nn.functional.softplus
+    torch.testing.assert_close(SmoothLeakyReLU(0.3)(x)[0], 0.3 * x + 0.7 * softplus(x))
+    torch.testing.assert_close(SmoothLeakyReLU(0.3, residual=True)(x)[0], 1.3 * x + 0.7 * softplus(x))
+    y, log_slope = SmoothLeakyReLU(0.3, bend=1.5)(x)
+    y_paper, log_slope_paper = SmoothLeakyReLU(0.3)(x + 1.5)  # the bias before it
+    torch.testing.assert_close(log_slope, log_slope_paper)
+    torch.testing.assert_close(y - y_paper, (y - y_paper)[:1].expand_as(y))  # the bias after it
+    assert SmoothLeakyReLU(0.3, bend=1.5)(torch.zeros(1, 1))[0].abs() < 1e-7
 
 
 def test_the_logit_of_the_darkest_and_the_brightest_pixel_is_finite():

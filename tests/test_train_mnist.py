@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from ebflow import EBFlow, fc_flow, logit_preprocessing
+from data import dequantize, mnist
 from test_data import small_data_set
-from train_mnist import DEFAULTS, evaluate, main, parse
+from train_mnist import DEFAULTS, build, evaluate, main, parse
 
 ROOT = Path(__file__).parent.parent
 
@@ -59,7 +60,7 @@ def test_a_run_of_every_objective_leaves_its_files_and_improves(data, tmp_path, 
     assert {p.name for p in tmp_path.iterdir()} == {"checkpoint.pt", "config.json", "curves.png", "metrics.jsonl",
                                                     "samples.png"}
     metrics = rows(tmp_path)
-    assert [row["epoch"] for row in metrics] == list(range(1, 9)) and metrics[-1]["step"] == 8 * 5
+    assert [row["epoch"] for row in metrics] == list(range(9)) and metrics[-1]["step"] == 8 * 5
     assert metrics[-1]["val_nll"] < metrics[0]["val_nll"]
     last = metrics[-1]
     assert last["test_bpd"] == pytest.approx(last["test_nll"] / (16 * math.log(2)))
@@ -69,6 +70,7 @@ def test_a_run_of_every_objective_leaves_its_files_and_improves(data, tmp_path, 
 
 
 @pytest.mark.parametrize("flags", [["--no-map", "--lr", "1e-5"], ["--no-ema"], ["--paper"], ["--no-center"],
+                                   ["--no-whiten"], ["--no-antithetic"],
                                    ["--seed", "3"]])
 def test_every_switch_runs_and_changes_the_result(data, tmp_path, flags):
     main(arguments(data, tmp_path / "a", "--epochs", "1"))
@@ -100,6 +102,17 @@ def test_a_run_that_is_killed_and_resumed_ends_exactly_like_an_undisturbed_one(d
         assert {k: v for k, v in a.items() if k not in timing} == {k: v for k, v in b.items() if k not in timing}
 
 
+def test_a_run_that_is_killed_before_its_first_checkpoint_resumes_at_the_beginning(data, tmp_path, capsys):
+    main(arguments(data, tmp_path / "whole"))
+    main(arguments(data, tmp_path / "killed"))
+    for name in ("checkpoint.pt", "metrics.jsonl"):
+        (tmp_path / "killed" / name).unlink()
+    assert "other settings: seed is 0 there and 1 here" in fails(capsys, *arguments(data, tmp_path / "killed",
+                                                                                    "--resume", "--seed", "1"))
+    main(arguments(data, tmp_path / "killed", "--resume"))
+    assert rows(tmp_path / "whole")[-1]["test_nll"] == rows(tmp_path / "killed")[-1]["test_nll"]
+
+
 def test_the_nll_is_that_of_the_image_by_the_brute_force_jacobian(float64):
     flow = EBFlow([*logit_preprocessing((4,), 0.5).layers, *fc_flow(4).layers], (4,))
     images = torch.randint(0, 256, (3, 4), dtype=torch.uint8)
@@ -111,19 +124,30 @@ def test_the_nll_is_that_of_the_image_by_the_brute_force_jacobian(float64):
     assert evaluate(flow, images) == pytest.approx(nll.item(), rel=1e-12)
 
 
+def test_the_preprocessing_whitens_and_is_no_part_of_what_is_trained(data):
+    images = mnist(data)[0]
+    pre, flow, image_model = build(parse(["--loss", "ssm"]), images)
+    z = pre(dequantize(images.flatten(1)))
+    assert (z.mean(0)).abs().max() < 0.1 and (torch.cov(z.T) - torch.eye(16)).abs().max() < 0.1
+    assert sum(p.numel() for p in flow.parameters()) == sum(p.numel() for p in image_model.parameters()
+                                                            if p.requires_grad) == 2 * 16 * 17
+    pre = build(parse(["--loss", "ml"]), images)[0]
+    assert pre(dequantize(images.flatten(1))).mean(0).abs().max() < 0.5
+
+
 def test_training_never_writes_over_a_run_by_accident(data, tmp_path, capsys):
     main(arguments(data, tmp_path))
     before = (tmp_path / "metrics.jsonl").read_bytes()
     assert "--resume" in fails(capsys, *arguments(data, tmp_path))
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
     main(arguments(data, tmp_path, "--overwrite", "--epochs", "1"))
-    assert len(rows(tmp_path)) == 1
+    assert len(rows(tmp_path)) == 2
 
 
 def test_a_checkpoint_of_other_settings_or_other_data_is_refused(data, tmp_path, capsys):
     main(arguments(data, tmp_path / "run"))
     line = fails(capsys, *arguments(data, tmp_path / "run", "--resume", "--lr", "0.5"))
-    assert "lr is 0.00" in line and "there and 0.5 here" in line
+    assert "lr is 0.0003 there" in line and "0.5 here" in line
     other = tmp_path / "other"
     other.mkdir()
     small_data_set(other, n=330)
