@@ -74,7 +74,7 @@ class EBFlow(nn.Module):
         for i, log_abs_det in log_abs_dets.items():
             if not (log_abs_det.is_meta or log_abs_det.isfinite()):
                 raise self._singular(i)
-        return -sum(log_abs_dets.values(), start=torch.zeros((), dtype=torch.float64))
+        return -sum(log_abs_dets.values(), start=torch.zeros((), dtype=torch.float64))  # () goes with any device
 
     def log_prob(self, x):
         """log p(x) = -E(x) - log Z, in nats.   (B, *shape) -> (B,)"""

@@ -1,5 +1,5 @@
 """What every training run shares: a directory that is never overwritten by accident, checkpoints that are
-written whole or not at all, a metrics log, and errors of one line."""
+written whole or not at all, a metrics log and its curves, the moving average, and errors of one line."""
 
 import contextlib
 import json
@@ -9,6 +9,7 @@ import zipfile
 from pathlib import Path
 
 import torch
+from matplotlib.figure import Figure
 
 
 class RunError(Exception):
@@ -99,6 +100,43 @@ class Run:
             raise RunError(f"cannot write {self.directory / name}: {error}; what was there is as it was") from None
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def moving_average(m):
+    """θ̃ ← mθ̃ + (1-m)θ, with a smaller m in the first steps so that θ̃ soon forgets where it started."""
+    @torch.no_grad()
+    def update(averages, parameters, n):
+        torch._foreach_lerp_(averages, parameters, 1 - min(m, (1 + n.item()) / (10 + n.item())))
+    return update
+
+
+@contextlib.contextmanager
+def fast_matmul():
+    """Lets a CPU multiply in bfloat16 where it has units for that (AMX). Where it has none the products stay
+    float32, but come from oneDNN instead of MKL: on an AMD processor 2.3 times as fast. Training only."""
+    torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        torch.backends.mkldnn.matmul.fp32_precision = "ieee"
+
+
+def curves(metrics, loss):
+    trained = [row for row in metrics if row["loss"] is not None]
+    figure = Figure(figsize=(9, 3.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    left.plot([row["epoch"] for row in metrics], [row["val_nll"] for row in metrics], label="validation")
+    left.axhline(metrics[-1]["test_nll"], color="k", ls=":", label=f"test, {metrics[-1]['test_nll']:.1f} nats")
+    left.set(xlabel="epoch", ylabel="NLL (nats)", title="exact negative log-likelihood")
+    left.legend()
+    right.plot([row["epoch"] for row in trained], [row["loss"] for row in trained], color="C1")
+    right.set(xlabel="epoch", ylabel="loss", title=f"training objective: {loss}")
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+        values = sorted(axes.lines[0].get_ydata())
+        span = values[len(values) * 3 // 4] - values[0]  # the first epochs would flatten the rest
+        axes.set_ylim(values[0] - 0.2 * span, values[0] + 4 * span) if span else None
+    return figure
 
 
 @contextlib.contextmanager

@@ -8,7 +8,6 @@ decides which epoch is kept; the test split is read once, at the end.
 """
 
 import argparse
-import contextlib
 import copy
 import hashlib
 import math
@@ -24,7 +23,7 @@ import losses
 from data import DataError, dequantize, mnist
 from ebflow import EBFlow, fc_flow, logit_preprocessing
 from layers import FullyConnected
-from run import Run, RunError, one_line_errors
+from run import Run, RunError, curves, fast_matmul, moving_average, one_line_errors
 
 # The settings that a flag of the same name changes. `--paper` takes the published ones instead.
 COMMON = dict(
@@ -35,22 +34,22 @@ COMMON = dict(
     warmup=0.05,
     ema_decay=0.999,    # θ̃ ← mθ̃ + (1-m)θ after each step
     clip=0.0,           # largest norm of the gradient; 0: any
-    s=1.0,              # the flow's datum is z = (logit(x / 256) - mean) / s,
-    center=True,        # mean: each pixel's over the training split, or 0,
-    whiten=True,        # times the inverse square root of its covariance: score matching then weighs all alike
+    s=1.0,              # the flow's datum is z = logit(x / 256) / s,
+    normalize="whiten", # minus its mean ("center"), times covariance^(-1/2) ("whiten"), or as it is ("none")
     diagonal=1.0,       # initial weights: diagonal · I
     bias=0.0,           # initial biases
     bend=1.5,           # where the activation bends (see SmoothLeakyReLU)
 )
 DEFAULTS = {
-    "ml": COMMON | dict(lr=6e-3, batch_size=200, epochs=40, whiten=False, bend=0.0),
-    "sml": COMMON | dict(lr=3e-3, batch_size=200, epochs=25, whiten=False, bend=0.0, model_samples=400),
+    "ml": COMMON | dict(lr=6e-3, batch_size=200, epochs=40, normalize="center", bend=0.0),
+    "sml": COMMON | dict(lr=3e-3, batch_size=200, epochs=25, normalize="center", bend=0.0, model_samples=400),
     "ssm": COMMON,
     "dsm": COMMON | dict(sigma=0.3, antithetic=True),
     "fdssm": COMMON | dict(lr=1e-4, batch_size=500, epochs=60, xi=1.0),
 }
-PUBLISHED = COMMON | dict(epochs=50, optimizer="rmsprop", lr=1e-4, s=0.5, center=False, whiten=False, diagonal=-1.0,
-                          bias=1.0, bend=None)
+CHOICES = {"optimizer": ["adam", "rmsprop"], "normalize": ["none", "center", "whiten"]}
+PUBLISHED = COMMON | dict(epochs=50, optimizer="rmsprop", lr=1e-4, s=0.5, normalize="none", diagonal=-1.0, bias=1.0,
+                          bend=None)
 PAPER = {
     "ml": PUBLISHED,
     "sml": PUBLISHED | dict(model_samples=100),
@@ -69,14 +68,14 @@ def build(a, images):
     """
     shape = (images[0].numel(),)
     pre = logit_preprocessing(shape, a.s)
-    if a.center:
+    if a.normalize != "none":
         mean, covariance = moments(pre, images)
         pre = logit_preprocessing(shape, a.s, mean=a.s * mean)
-        if a.whiten:
-            variances, U = torch.linalg.eigh(covariance)
-            whitening = FullyConnected(*shape).requires_grad_(False)
-            whitening.weight.copy_(U @ (variances.rsqrt()[:, None] * U.T))  # symmetric: pixels stay pixels
-            pre = EBFlow([*pre.layers, whitening], shape)
+    if a.normalize == "whiten":
+        variances, U = torch.linalg.eigh(covariance)
+        whitening = FullyConnected(*shape).requires_grad_(False)
+        whitening.weight.copy_(U @ (variances.rsqrt()[:, None] * U.T))  # symmetric: pixels stay pixels
+        pre = EBFlow([*pre.layers, whitening], shape)
     flow = fc_flow(*shape, diagonal=a.diagonal, bias=a.bias, bend=a.bend)
     return pre, flow, EBFlow([*pre.layers, *flow.layers], shape)
 
@@ -125,12 +124,11 @@ def learning_rate(a, progress):
     return a.lr * rise * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def moving_average(m):
-    """θ̃ ← mθ̃ + (1-m)θ, with a smaller m in the first steps so that θ̃ soon forgets where it started."""
-    @torch.no_grad()
-    def update(averages, parameters, n):
-        torch._foreach_lerp_(averages, parameters, 1 - min(m, (1 + n.item()) / (10 + n.item())))
-    return update
+def minibatch(a, pre, images):
+    """What the objective sees of some images: x, or with MaP (match after pre-processing) z.   uint8 -> float"""
+    with torch.no_grad():
+        x = dequantize(images)
+        return pre(x) if a.map else x
 
 
 def train_step(a, model, x, optimizer):
@@ -152,17 +150,6 @@ def evaluate(model, images):
     torch.manual_seed(0)
     energy = sum(model.energy(dequantize(batch)).double().sum() for batch in images.split(1000))
     return (energy / len(images) + model.log_z()).item()
-
-
-@contextlib.contextmanager
-def fast_matmul():
-    """Lets a CPU multiply in bfloat16 where it has units for that (AMX). Where it has none the products stay
-    float32, but come from oneDNN instead of MKL: on an AMD processor 2.3 times as fast. Training only."""
-    torch.backends.mkldnn.matmul.fp32_precision = "bf16"
-    try:
-        yield
-    finally:
-        torch.backends.mkldnn.matmul.fp32_precision = "ieee"
 
 
 def train(a):
@@ -198,26 +185,11 @@ def train(a):
     seconds = run.metrics[-1]["seconds"] if run.metrics else 0.0
     with tqdm(total=a.epochs * steps, initial=done * steps, unit=" batches", dynamic_ncols=True) as bar:
         for epoch in range(done + 1, a.epochs + 1):
-            torch.manual_seed(1_000_003 * a.seed + epoch)  # every epoch its own numbers: no generator to resume
-            trace = torch.empty(steps, 2, device=device)   # loss and gradient norm, read seldom: a GPU need not wait
             start = time.perf_counter()
+            bar.set_postfix(epoch=epoch, best_val_nll=f"{best['val_nll']:.1f}", refresh=False)
             with fast_matmul():
-                order = torch.randperm(len(train_set), device=device)
-                for step in range(steps):
-                    for group in optimizer.param_groups:
-                        group["lr"] = learning_rate(a, (epoch - 1 + step / steps) / a.epochs)
-                    x = dequantize(train_set[order[step * a.batch_size:(step + 1) * a.batch_size]])
-                    if a.map:
-                        with torch.no_grad():
-                            x = pre(x)
-                    trace[step] = train_step(a, model, x, optimizer)
-                    average.update_parameters(image_model)
-                    if (step + 1) % 50 == 0 or step + 1 == steps:
-                        check_finite(a, trace[:step + 1], epoch)
-                        bar.set_postfix(epoch=epoch, loss=f"{trace[step, 0]:.1f}",
-                                        best_val_nll=f"{best['val_nll']:.1f}", refresh=False)
-                        bar.n = (epoch - 1) * steps + step + 1
-                        bar.refresh()
+                trace = train_epoch(a, epoch, pre, model, train_set, optimizer,
+                                    lambda: average.update_parameters(image_model), bar)
             seconds += time.perf_counter() - start
 
             nll = evaluate(evaluated, val_set)
@@ -240,6 +212,27 @@ def train(a):
     print(summary(run.metrics, best, run.directory))
 
 
+def train_epoch(a, epoch, pre, model, train_set, optimizer, after_step, bar):
+    """One pass over the images in a random order.   -> (steps, 2): loss and gradient norm of every step
+
+    Every epoch starts its own random numbers, so that a resumed run has no generator to restore. The trace stays
+    on the device and is read every 50 steps: a GPU need not wait for the bar.
+    """
+    torch.manual_seed(1_000_003 * a.seed + epoch)
+    order = torch.randperm(len(train_set), device=train_set.device)
+    batches = [index for index in order.split(a.batch_size) if len(index) == a.batch_size]
+    trace = torch.empty(len(batches), 2, device=train_set.device)
+    for step, index in enumerate(batches):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(a, (epoch - 1 + step / len(batches)) / a.epochs)
+        trace[step] = train_step(a, model, minibatch(a, pre, train_set[index]), optimizer)
+        after_step()
+        if (step + 1) % 50 == 0 or step + 1 == len(batches):
+            check_finite(a, trace[:step + 1], epoch)
+            bar.update((epoch - 1) * len(batches) + step + 1 - bar.n)
+    return trace
+
+
 def check_finite(a, trace, epoch):
     """Raises RunError at the first step of the epoch whose loss or gradient is not finite."""
     bad = (~trace.isfinite().all(1)).nonzero()
@@ -253,24 +246,6 @@ def check_finite(a, trace, epoch):
 
 def likelihood(split, nll, shape):
     return {f"{split}_nll": nll, f"{split}_bpd": nll / (math.prod(shape) * math.log(2))}
-
-
-def curves(metrics, loss):
-    trained = [row for row in metrics if row["loss"] is not None]
-    figure = Figure(figsize=(9, 3.2), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    left.plot([row["epoch"] for row in metrics], [row["val_nll"] for row in metrics], label="validation")
-    left.axhline(metrics[-1]["test_nll"], color="k", ls=":", label=f"test, {metrics[-1]['test_nll']:.1f} nats")
-    left.set(xlabel="epoch", ylabel="NLL (nats)", title="exact negative log-likelihood")
-    left.legend()
-    right.plot([row["epoch"] for row in trained], [row["loss"] for row in trained], color="C1")
-    right.set(xlabel="epoch", ylabel="loss", title=f"training objective: {loss}")
-    for axes in (left, right):
-        axes.grid(alpha=0.3)
-        values = sorted(axes.lines[0].get_ydata())
-        span = values[len(values) * 3 // 4] - values[0]  # the first epochs would flatten the rest
-        axes.set_ylim(values[0] - 0.2 * span, values[0] + 4 * span) if span else None
-    return figure
 
 
 def samples(model, image_shape, rows=8):
@@ -321,8 +296,7 @@ def parse(argv=None):
     group = parser.add_argument_group("settings, by default those at the top of train_mnist.py")
     for name, value in settings.items():
         kind = {"action": on_off} if isinstance(value, bool) else {"type": type(value)}
-        if name == "optimizer":
-            kind["choices"] = ["adam", "rmsprop"]
+        kind |= {"choices": CHOICES[name]} if name in CHOICES else {}
         group.add_argument("--" + name.replace("_", "-"), default=None, **kind)
     a = parser.parse_args(argv)
 

@@ -69,8 +69,8 @@ def test_a_run_of_every_objective_leaves_its_files_and_improves(data, tmp_path, 
     assert json.loads((tmp_path / "config.json").read_text())["loss"] == loss
 
 
-@pytest.mark.parametrize("flags", [["--no-map", "--lr", "1e-5"], ["--no-ema"], ["--paper"], ["--no-center"],
-                                   ["--no-whiten"], ["--no-antithetic"],
+@pytest.mark.parametrize("flags", [["--no-map", "--lr", "1e-5"], ["--no-ema"], ["--paper"], ["--normalize", "none"],
+                                   ["--normalize", "center"], ["--no-antithetic"],
                                    ["--seed", "3"]])
 def test_every_switch_runs_and_changes_the_result(data, tmp_path, flags):
     main(arguments(data, tmp_path / "a", "--epochs", "1"))

@@ -1,0 +1,101 @@
+"""Batches per second of every objective, and how far a step is from the matrix products that it must do.
+
+    python -m experiments.speed
+
+A step is everything that training does for one batch: indexing, dequantisation, pre-processing, objective,
+gradient, optimiser, moving average. Its floor is the number of products of a (batch × D) with a (D × D) matrix
+in it, as torch's own counter of operations finds them, times the time of one such product in the same run. The
+floor leaves out determinants and solves; `ml` and `sml` cannot do without. The steps are interleaved, so that a
+slow moment of the machine hits all of them, and the medians are printed.
+"""
+
+import argparse
+import statistics
+import time
+
+import torch
+from torch.optim.swa_utils import AveragedModel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from data import mnist
+from run import fast_matmul, moving_average
+from train_mnist import DEFAULTS, build, make_optimizer, minibatch, parse, train_step, trainable
+
+
+class FlopCounter(TorchDispatchMode):
+    """Sums torch's own formulas. (Its FlopCounterMode hooks modules, which ∇_x within a loss does not survive.)"""
+
+    flops = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if function.overloadpacket in flop_registry:
+            self.flops += flop_registry[function.overloadpacket](*args, **(kwargs or {}), out_val=out)
+        return out
+
+
+def synchronize(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def timed(function, device):
+    synchronize(device)
+    start = time.perf_counter()
+    function()
+    synchronize(device)
+    return time.perf_counter() - start
+
+
+def training_step(loss, images, batch_size, device):
+    """A function that does one whole step on random images of the training split."""
+    flags = ["--loss", loss, "--batch-size", str(batch_size)] + (["--no-antithetic"] if loss == "dsm" else [])
+    a = parse(flags + (["--model-samples", str(batch_size)] if loss == "sml" else []))
+    pre, flow, image_model = (part.to(device) for part in build(a, images[:2000]))
+    train_set = images.flatten(1).to(device)
+    optimizer = make_optimizer(a, trainable(flow))
+    average = AveragedModel(image_model, multi_avg_fn=moving_average(a.ema_decay))
+
+    def step():
+        index = torch.randint(len(train_set), (batch_size,), device=device)
+        train_step(a, flow, minibatch(a, pre, train_set[index]), optimizer)
+        average.update_parameters(image_model)
+
+    return step
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--batch-size", type=int, default=100)
+    parser.add_argument("--repeats", type=int, default=60)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    a = parser.parse_args()
+    device = torch.device(a.device)
+    images = mnist("mnist")[0]
+    D = images[0].numel()
+    x, W = torch.randn(a.batch_size, D, device=device), torch.randn(D, D, device=device)
+    steps = {loss: training_step(loss, images, a.batch_size, device) for loss in DEFAULTS}
+    times = {name: [] for name in ("product", *steps)}
+    with fast_matmul():
+        products = {}
+        for loss, step in steps.items():
+            step()  # the first one is slower
+            with FlopCounter() as counter:
+                step()
+            products[loss] = counter.flops / (2 * a.batch_size * D * D)
+        for _ in range(a.repeats):
+            times["product"].append(timed(lambda: [x @ W for _ in range(10)], device) / 10)
+            for loss, step in steps.items():
+                times[loss].append(timed(step, device))
+    median = {name: statistics.median(t) for name, t in times.items()}
+    print(f"one product of {a.batch_size}×{D} with {D}×{D}: {1e3 * median['product']:.3f} ms, {torch.get_num_threads()} threads")
+    print("objective  batches/s  step (ms)  products  floor (ms)  step / floor")
+    for loss in steps:
+        floor = products[loss] * median["product"]
+        print(f"{loss:9}  {1 / median[loss]:9.1f}  {1e3 * median[loss]:9.2f}  {products[loss]:8.1f}  {1e3 * floor:10.2f}"
+              f"  {median[loss] / floor:12.2f}")
+
+
+if __name__ == "__main__":
+    main()
