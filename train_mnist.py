@@ -27,10 +27,10 @@ from run import Run, RunError, curves, fast_matmul, moving_average, one_line_err
 
 # The settings that a flag of the same name changes. `--paper` takes the published ones instead.
 COMMON = dict(
-    epochs=20,
+    epochs=15,
     batch_size=100,
     optimizer="adam",
-    lr=3e-4,            # at its peak: rises over the first `warmup` of the run, then falls to 0 as a cosine
+    lr=1e-4,            # at its peak: rises over the first `warmup` of the run, then falls to 0 as a cosine
     warmup=0.05,
     ema_decay=0.999,    # θ̃ ← mθ̃ + (1-m)θ after each step
     clip=0.0,           # largest norm of the gradient; 0: any
@@ -43,9 +43,9 @@ COMMON = dict(
 DEFAULTS = {
     "ml": COMMON | dict(lr=6e-3, batch_size=200, epochs=40, normalize="center", bend=0.0),
     "sml": COMMON | dict(lr=3e-3, batch_size=200, epochs=25, normalize="center", bend=0.0, model_samples=400),
-    "ssm": COMMON,
-    "dsm": COMMON | dict(sigma=0.3, antithetic=True),
-    "fdssm": COMMON | dict(lr=1e-4, batch_size=500, epochs=60, xi=1.0),
+    "ssm": COMMON | dict(epochs=10),
+    "dsm": COMMON | dict(sigma=0.4, antithetic=True),
+    "fdssm": COMMON | dict(batch_size=500, epochs=40, xi=1.0),
 }
 CHOICES = {"optimizer": ["adam", "rmsprop"], "normalize": ["none", "center", "whiten"]}
 PUBLISHED = COMMON | dict(epochs=50, optimizer="rmsprop", lr=1e-4, s=0.5, normalize="none", diagonal=-1.0, bias=1.0,

@@ -147,7 +147,7 @@ def test_training_never_writes_over_a_run_by_accident(data, tmp_path, capsys):
 def test_a_checkpoint_of_other_settings_or_other_data_is_refused(data, tmp_path, capsys):
     main(arguments(data, tmp_path / "run"))
     line = fails(capsys, *arguments(data, tmp_path / "run", "--resume", "--lr", "0.5"))
-    assert "lr is 0.0003 there" in line and "0.5 here" in line
+    assert "lr is 0.0001 there" in line and "0.5 here" in line
     other = tmp_path / "other"
     other.mkdir()
     small_data_set(other, n=330)

@@ -1,0 +1,67 @@
+"""The README is true: what it names exists, its commands parse, its pictures and numbers are in the repository."""
+
+import ast
+import importlib
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+import train_mnist
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def blocks():
+    """The lines of all fenced code blocks."""
+    return [line for block in re.findall(r"```\w*\n(.*?)```", README, re.S) for line in block.splitlines()]
+
+
+@pytest.mark.parametrize("file, name", sorted(set(re.findall(r"`(\w+\.py): ([\w.]+)`", README))))
+def test_every_function_that_the_readme_maps_exists(file, name):
+    thing = importlib.import_module(file.removesuffix(".py"))
+    for part in name.split("."):
+        thing = getattr(thing, part)
+
+
+@pytest.mark.parametrize("path", sorted(set(re.findall(r"(?<=\]\()(?!http)[^)#]+", README)
+                                            + re.findall(r"`(\w+\.py)`", README))))
+def test_every_file_that_the_readme_names_exists(path):
+    assert (ROOT / path).is_file()
+
+
+def commands(script):
+    lines = blocks() + re.findall(r"`([^`]+)`", README)
+    return sorted({line.split(script, 1)[1].strip() for line in lines if re.search(rf"python {re.escape(script)}", line)})
+
+
+@pytest.mark.parametrize("arguments", commands("train_mnist.py"))
+def test_every_training_command_parses(arguments):
+    train_mnist.parse(arguments.split())
+
+
+@pytest.mark.parametrize("module", commands("-m experiments."))
+def test_every_experiment_that_the_readme_runs_exists(module):
+    assert (ROOT / "experiments" / f"{module.split()[0]}.py").is_file()
+
+
+def test_the_readme_has_the_two_commands_that_ci_and_readers_run():
+    for name in ("training", "test"):
+        assert re.search(rf"<!-- {name} command -->\n```\npython3 -m venv .*?\n```", README, re.S)
+
+
+def test_every_python_example_in_the_readme_runs():
+    examples = re.findall(r"```python\n(.*?)```", README, re.S)
+    assert examples
+    for example in examples:
+        exec(compile(ast.parse(example), "README.md", "exec"), {})
+
+
+def test_the_table_of_results_holds_the_recorded_numbers():
+    results = json.loads((ROOT / "results" / "mnist-fc.json").read_text())
+    for loss, row in results.items():
+        line = next(line for line in README.splitlines() if line.startswith(f"| {loss} |") and "nats" not in line
+                    and f"{row['test_nll']:.1f}" in line)
+        assert f"{row['start_val_nll']:.1f}" in line and f"{row['val_nll']:.1f}" in line
