@@ -26,7 +26,7 @@ def read_idx(path):
             raw = gzip.decompress(raw)
     except (OSError, EOFError, zlib.error) as error:  # a damaged gzip raises any of the three
         raise DataError(f"cannot read {path}: {error}") from None
-    axes = raw[3] if raw[:3] == b"\x00\x00\x08" else 0
+    axes = raw[3] if raw[:3] == b"\x00\x00\x08" and len(raw) > 3 else 0
     header = 4 + 4 * axes
     shape = np.frombuffer(raw[4:header], ">u4").tolist() if len(raw) >= header else []
     if axes == 0 or len(shape) != axes:
@@ -42,7 +42,7 @@ def mnist(directory):
     -> three uint8 tensors (n, 1, H, W). The last sixth of the training file is the validation split.
 
     Each file may be gzipped. If the directory holds a file SHA256SUMS (as `sha256sum` prints), each file that
-    it lists must match. Fashion-MNIST and KMNIST come in the same four files. Raises DataError.
+    it lists must match. Fashion-MNIST and KMNIST come in the same files. Raises DataError.
     """
     train, test = (_images(Path(directory), name) for name in ("train-images-idx3-ubyte", "t10k-images-idx3-ubyte"))
     if train.shape[1:] != test.shape[1:]:
@@ -56,18 +56,27 @@ def mnist(directory):
 def _images(directory, name):
     path = next((p for p in (directory / f"{name}.gz", directory / name) if p.is_file()), None)
     if path is None:
-        raise DataError(f"no {name}.gz (nor {name}) in {directory}: --data takes a directory with the four "
+        raise DataError(f"no {name}.gz (nor {name}) in {directory}: --data takes a directory with the "
                         "files of a data set in MNIST's format")
-    sums = directory / "SHA256SUMS"
-    if sums.is_file():
-        expected = dict(line.split()[::-1] for line in sums.read_text().splitlines() if line.strip())
-        found = hashlib.sha256(path.read_bytes()).hexdigest()
-        if expected.get(path.name, found) != found:
-            raise DataError(f"{path} is damaged or altered: its SHA-256 is {found}, {sums} says {expected[path.name]}")
+    check_sha256(path)
     images = read_idx(path)
     if images.dim() != 3:
         raise DataError(f"{path} holds an array of {images.dim()} axes, not (images, rows, columns)")
     return images[:, None]
+
+
+def check_sha256(path):
+    """Raises DataError if SHA256SUMS beside the file lists it with another sum. Lines are those of `sha256sum`."""
+    sums = path.with_name("SHA256SUMS")
+    if not sums.is_file():
+        return
+    try:
+        found = hashlib.sha256(path.read_bytes()).hexdigest()
+        expected = dict(reversed(line.replace(" *", "  ").split(maxsplit=1)) for line in sums.read_text().splitlines())
+    except (OSError, ValueError) as error:
+        raise DataError(f"cannot check {path} against {sums}: {error}") from None
+    if expected.get(path.name, found) != found:
+        raise DataError(f"{path} is damaged or altered: its SHA-256 is {found}, {sums} says {expected[path.name]}")
 
 
 def dequantize(images):

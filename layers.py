@@ -23,7 +23,7 @@ import torch.nn.functional as F
 
 
 class LinearLayer(nn.Module):
-    """An affine transformation: i ∈ S_l. `cost` is what its log-determinant costs."""
+    """An affine transformation: i ∈ S_l. A layer's `cost` is what its log-determinant costs."""
 
     def output_shape(self, shape):
         return shape
@@ -89,6 +89,7 @@ class Convolution(LinearLayer):
     """
 
     cost = "O(D³)"
+    ranks = (3,)  # of the event
 
     def __init__(self, channels, kernel_size, diagonal=1.0, bias=0.0):
         super().__init__()
@@ -128,6 +129,7 @@ class Conv1x1(LinearLayer):
     """
 
     cost = "O(C³)"
+    ranks = (3,)  # of the event
 
     def __init__(self, channels):
         super().__init__()
@@ -156,6 +158,7 @@ class ActNorm(LinearLayer):
     """
 
     cost = "O(C)"
+    ranks = (1, 2, 3)
 
     def __init__(self, channels):
         super().__init__()
@@ -244,39 +247,39 @@ class SmoothLeakyReLU(NonlinearLayer):
     With a number for `bend`, the bend moves from 0 to -bend and the curve passes through the origin:
     y = α x + (1 - α) (softplus(x + bend) - softplus(bend)). The biases beside it could do the same; but what
     comes out has a mean near 0, and a step on the next weight does not shift all of its outputs together.
-    Raises ValueError unless 0 < α < 1.
+    Raises ValueError unless 0.01 ≤ α < 1.
     """
 
     def __init__(self, alpha=0.3, residual=False, bend=None):
         super().__init__()
-        if not 0 < alpha < 1:
-            raise ValueError(f"alpha must lie between 0 and 1, not {alpha}")
-        self.a, self.b = alpha + residual, 1 - alpha  # y = a x + b softplus(x + shift) - c
-        self.shift = bend or 0.0
-        self.c = 0.0 if bend is None else self.b * math.log1p(math.exp(bend))
+        if not 0.01 <= alpha < 1:
+            raise ValueError(f"alpha must lie in [0.01, 1), not {alpha}")
+        self.slope, self.rise = alpha + residual, 1 - alpha  # y = slope · x + rise · softplus(x + shift) - offset
+        self.shift = 0.0 if bend is None else float(bend)
+        self.offset = 0.0 if bend is None else self.rise * float(softplus(torch.tensor(self.shift).double()))
 
     def forward(self, x):
-        y = self.a * x + self.b * F.softplus(x + self.shift) - self.c
-        log_slope = torch.log(self.a + self.b * torch.sigmoid(x + self.shift))
+        y = self.slope * x + self.rise * softplus(x + self.shift) - self.offset
+        log_slope = torch.log(self.slope + self.rise * torch.sigmoid(x + self.shift))
         return y, log_slope.flatten(1).sum(1)
 
     def inverse(self, y):
         """Newton's iteration, to the dtype's precision, from a side where it cannot overshoot.
 
-        f(h) = a h + b softplus(h), h = x + shift, is convex and increasing, and max(0, h) ≤ softplus(h) ≤
-        max(0, h) + ln 2 brackets its root between the inverses of two piecewise linear bounds. Started at the
+        f(h) = slope · h + rise · softplus(h), h = x + shift, is convex and increasing, and max(0, h) ≤ softplus(h)
+        ≤ max(0, h) + ln 2 brackets its root between the inverses of two piecewise linear bounds. Started at the
         upper one, where f(h) ≥ y, every step of Newton on a convex increasing f ends at or above the root, so
         the iterates descend on it; the clamp keeps them in the bracket under rounding.
         """
-        def inverse_bound(y):  # of a h + b max(0, h)
-            return torch.where(y > 0, y / (self.a + self.b), y / self.a)
+        def inverse_bound(y):  # of slope · h + rise · max(0, h)
+            return torch.where(y > 0, y / (self.slope + self.rise), y / self.slope)
 
-        y = y + self.c + self.a * self.shift
-        low, high = inverse_bound(y - self.b * math.log(2)), inverse_bound(y)
+        y = y + self.offset + self.slope * self.shift
+        low, high = inverse_bound(y - self.rise * math.log(2)), inverse_bound(y)
         h = high
         for _ in range(10):  # quadratic: float64 takes 6 at α = 0.3, 10 at 0.01
-            f = self.a * h + self.b * F.softplus(h)
-            h = (h - (f - y) / (self.a + self.b * torch.sigmoid(h))).clamp(low, high)
+            f = self.slope * h + self.rise * softplus(h)
+            h = (h - (f - y) / (self.slope + self.rise * torch.sigmoid(h))).clamp(low, high)
         return h - self.shift
 
 
@@ -295,6 +298,11 @@ class AffineCoupling(NonlinearLayer):
         super().__init__()
         self.network = network
         self.swap = swap
+
+    def output_shape(self, shape):
+        if len(shape) == 0 or shape[0] < 2:
+            raise ValueError(f"AffineCoupling needs two channels to split, not events of shape {tuple(shape)}")
+        return shape
 
     def _split(self, x):
         halves = x.tensor_split(2, dim=1)
@@ -341,12 +349,18 @@ class Logit(NonlinearLayer):
 # ---------------------------------------------------------------------------------------------------------
 
 
+def softplus(x):
+    """log(1 + eˣ). torch's default is x itself above 20, which is 2e-9 too little for float64."""
+    return F.softplus(x, threshold=40)
+
+
 def along_channels(p, x):
     """One number per channel, shaped to broadcast over x.   (C,) -> (C, 1, …)"""
     return p.view(-1, *[1] * (x.dim() - 2))
 
 
 def check_channels(layer, shape, channels):
-    if shape[0] != channels:
+    """The shape itself. Raises ValueError where the layer cannot take it."""
+    if len(shape) not in layer.ranks or shape[0] != channels:
         raise ValueError(f"{type(layer).__name__} of {channels} channels cannot take events of shape {tuple(shape)}")
     return shape

@@ -16,25 +16,25 @@ from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
-from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 import losses
 from data import DataError, dequantize, mnist
 from ebflow import EBFlow, fc_flow, logit_preprocessing
 from layers import FullyConnected
-from run import Run, RunError, curves, fast_matmul, moving_average, one_line_errors
+from run import MovingAverage, Run, RunError, curves, fast_matmul, one_line_errors, trainable
 
 # The settings that a flag of the same name changes. `--paper` takes the published ones instead.
 COMMON = dict(
     epochs=15,
     batch_size=100,
     optimizer="adam",
-    lr=1e-4,            # at its peak: rises over the first `warmup` of the run, then falls to 0 as a cosine
+    lr=1e-4,            # at its peak
+    schedule="cosine",  # rises over the first `warmup` of the run, then falls to 0; or the published "steps"
     warmup=0.05,
     ema_decay=0.999,    # θ̃ ← mθ̃ + (1-m)θ after each step
     clip=0.0,           # largest norm of the gradient; 0: any
-    s=1.0,              # the flow's datum is z = logit(x / 256) / s,
+    s=1.0,              # the flow's datum is z = logit(x / 256) / s (whitening takes any s back),
     normalize="whiten", # minus its mean ("center"), times covariance^(-1/2) ("whiten"), or as it is ("none")
     diagonal=1.0,       # initial weights: diagonal · I
     bias=0.0,           # initial biases
@@ -47,9 +47,9 @@ DEFAULTS = {
     "dsm": COMMON | dict(sigma=0.4, antithetic=True),
     "fdssm": COMMON | dict(batch_size=500, epochs=40, xi=1.0),
 }
-CHOICES = {"optimizer": ["adam", "rmsprop"], "normalize": ["none", "center", "whiten"]}
-PUBLISHED = COMMON | dict(epochs=50, optimizer="rmsprop", lr=1e-4, s=0.5, normalize="none", diagonal=-1.0, bias=1.0,
-                          bend=None)
+CHOICES = {"optimizer": ["adam", "rmsprop"], "schedule": ["cosine", "steps"], "normalize": ["none", "center", "whiten"]}
+PUBLISHED = COMMON | dict(epochs=50, optimizer="rmsprop", lr=1e-4, schedule="steps", s=0.5, normalize="none",
+                          diagonal=-1.0, bias=1.0, bend=None)
 PAPER = {
     "ml": PUBLISHED,
     "sml": PUBLISHED | dict(model_samples=100),
@@ -73,6 +73,9 @@ def build(a, images):
         pre = logit_preprocessing(shape, a.s, mean=a.s * mean)
     if a.normalize == "whiten":
         variances, U = torch.linalg.eigh(covariance)
+        if variances[0] < 1e-10 * variances[-1]:
+            raise RunError(f"{len(images)} images have a singular covariance and cannot be whitened: give more "
+                           "images, or --normalize center")
         whitening = FullyConnected(*shape).requires_grad_(False)
         whitening.weight.copy_(U @ (variances.rsqrt()[:, None] * U.T))  # symmetric: pixels stay pixels
         pre = EBFlow([*pre.layers, whitening], shape)
@@ -106,20 +109,16 @@ def objective(a, model, x):
     return losses.dsm(model.energy, x, a.sigma, noise)
 
 
-def trainable(model):
-    return [p for p in model.parameters() if p.requires_grad]
-
-
 def make_optimizer(a, parameters):
     if a.optimizer == "rmsprop":
         return torch.optim.RMSprop(parameters, lr=a.lr)
     return torch.optim.Adam(parameters, lr=a.lr, fused=True)
 
 
-def learning_rate(a, progress):
-    """The learning rate at a fraction of the run: a function of time alone, so a resumed run needs no other."""
-    if a.optimizer == "rmsprop":  # as published: × 0.95 after each of the first 49 epochs
-        return a.lr * 0.95 ** min(int(progress * a.epochs), 49)
+def learning_rate(a, epoch, progress):
+    """The learning rate, by the epoch (from 1) and the fraction of the run: by time alone, nothing to resume."""
+    if a.schedule == "steps":  # as published: × 0.95 after each of the first 49 epochs
+        return a.lr * 0.95 ** min(epoch - 1, 49)
     rise = min(1.0, progress / a.warmup) if a.warmup else 1.0
     return a.lr * rise * 0.5 * (1 + math.cos(math.pi * progress))
 
@@ -153,13 +152,12 @@ def evaluate(model, images):
 
 
 def train(a):
+    if a.device == "cuda" and not torch.cuda.is_available():
+        raise RunError("torch sees no GPU: use --device cpu, or install a CUDA build of torch")
     device = torch.device(a.device if a.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
     splits = mnist(a.data)
     torch.manual_seed(a.seed)
-    try:
-        pre, flow, image_model = (part.to(device) for part in build(a, splits[0]))
-    except ValueError as error:
-        raise RunError(f"--arch {a.arch} cannot take images of {tuple(splits[0].shape[1:])}: {error}") from None
+    pre, flow, image_model = (part.to(device) for part in build(a, splits[0]))
     steps = len(splits[0]) // a.batch_size
     if steps == 0:
         raise RunError(f"{len(splits[0])} training images do not fill a batch of {a.batch_size}: lower --batch-size")
@@ -168,16 +166,16 @@ def train(a):
 
     model = flow if a.map else image_model  # whose energy the objective sees
     optimizer = make_optimizer(a, trainable(model))
-    average = AveragedModel(image_model, multi_avg_fn=moving_average(a.ema_decay))
-    evaluated = average.module if a.ema else image_model
+    average = MovingAverage(image_model, a.ema_decay)
+    evaluated = average.model if a.ema else image_model
     parts = {"model": image_model, "average": average, "optimizer": optimizer}
     if run.state:
         for name, part in parts.items():
             part.load_state_dict(run.state[name])
     else:
         print(image_model)
-        start = evaluate(evaluated, val_set)  # epoch 0: what the start alone is worth
-        run.metrics.append({"epoch": 0, "step": 0, "loss": None, **likelihood("val", start, flow.shape),
+        nll = validate(a, 0, evaluated, val_set)  # what the start alone is worth
+        run.metrics.append({"epoch": 0, "step": 0, "loss": None, **likelihood("val", nll, flow.shape),
                             "seconds": 0.0, "batches_per_second": None})
 
     done = run.state["epoch"] if run.state else 0
@@ -188,17 +186,13 @@ def train(a):
             start = time.perf_counter()
             bar.set_postfix(epoch=epoch, best_val_nll=f"{best['val_nll']:.1f}", refresh=False)
             with fast_matmul():
-                trace = train_epoch(a, epoch, pre, model, train_set, optimizer,
-                                    lambda: average.update_parameters(image_model), bar)
+                trace = train_epoch(a, epoch, pre, model, train_set, optimizer, average, bar)
+            rate = len(trace) / (time.perf_counter() - start)
+            nll = validate(a, epoch, evaluated, val_set)
             seconds += time.perf_counter() - start
-
-            nll = evaluate(evaluated, val_set)
-            if not math.isfinite(nll):
-                raise RunError(f"the validation NLL is {nll} after epoch {epoch}: lower --lr (it is {a.lr:g}); "
-                               "the checkpoint of the epoch before is kept")
             run.metrics.append({"epoch": epoch, "step": epoch * steps, "loss": trace[:, 0].mean().item(),
                                 "grad_norm": trace[:, 1].mean().item(), **likelihood("val", nll, flow.shape),
-                                "seconds": seconds, "batches_per_second": epoch * steps / seconds})
+                                "seconds": seconds, "batches_per_second": rate})
             if nll < best["val_nll"]:
                 best = {"epoch": epoch, "val_nll": nll, "model": copy.deepcopy(evaluated.state_dict())}
             run.save({name: part.state_dict() for name, part in parts.items()} | {"epoch": epoch, "best": best})
@@ -212,7 +206,7 @@ def train(a):
     print(summary(run.metrics, best, run.directory))
 
 
-def train_epoch(a, epoch, pre, model, train_set, optimizer, after_step, bar):
+def train_epoch(a, epoch, pre, model, train_set, optimizer, average, bar):
     """One pass over the images in a random order.   -> (steps, 2): loss and gradient norm of every step
 
     Every epoch starts its own random numbers, so that a resumed run has no generator to restore. The trace stays
@@ -224,9 +218,12 @@ def train_epoch(a, epoch, pre, model, train_set, optimizer, after_step, bar):
     trace = torch.empty(len(batches), 2, device=train_set.device)
     for step, index in enumerate(batches):
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(a, (epoch - 1 + step / len(batches)) / a.epochs)
-        trace[step] = train_step(a, model, minibatch(a, pre, train_set[index]), optimizer)
-        after_step()
+            group["lr"] = learning_rate(a, epoch, (epoch - 1 + step / len(batches)) / a.epochs)
+        try:
+            trace[step] = train_step(a, model, minibatch(a, pre, train_set[index]), optimizer)
+        except torch.linalg.LinAlgError as error:  # of ml's determinants and sml's inverse
+            raise RunError(f"{error}, at epoch {epoch}, step {step + 1}: {remedy(a)}") from None
+        average.update()
         if (step + 1) % 50 == 0 or step + 1 == len(batches):
             check_finite(a, trace[:step + 1], epoch)
             bar.update((epoch - 1) * len(batches) + step + 1 - bar.n)
@@ -239,9 +236,25 @@ def check_finite(a, trace, epoch):
     if len(bad):
         step = bad[0].item()
         loss, norm = trace[step].tolist()
-        knob = {"dsm": ", raise --sigma", "fdssm": ", raise --xi"}.get(a.loss, "")
-        raise RunError(f"the loss is {loss:g} and its gradient's norm {norm:g} at epoch {epoch}, step {step + 1}: lower "
-                       f"--lr (it is {a.lr:g}) or --clip{knob}; the checkpoint of the epoch before is kept")
+        raise RunError(f"the loss is {loss:g} and the norm of its gradient {norm:g} at epoch {epoch}, step {step + 1}: "
+                       + remedy(a))
+
+
+def validate(a, epoch, model, images):
+    """`evaluate`, but an NLL that is not finite, or a singular weight, is a RunError that names the epoch."""
+    try:
+        nll = evaluate(model, images)
+    except torch.linalg.LinAlgError as error:
+        raise RunError(f"{error}, after epoch {epoch}: {remedy(a)}") from None
+    if not math.isfinite(nll):
+        raise RunError(f"the validation NLL is {nll} after epoch {epoch}: {remedy(a)}")
+    return nll
+
+
+def remedy(a):
+    knob = {"dsm": ", raise --sigma", "fdssm": ", raise --xi"}.get(a.loss, "")
+    clip = f"lower --clip (it is {a.clip:g})" if a.clip else "set --clip"
+    return f"lower --lr (it is {a.lr:g}), {clip}{knob}; the last checkpoint that was written is kept"
 
 
 def likelihood(split, nll, shape):
@@ -264,7 +277,7 @@ def summary(metrics, best, directory):
     rows = [("at the start", f"{metrics[0]['val_nll']:.2f} nats on the validation split"),
             ("validation NLL", f"{best['val_nll']:.2f} nats, epoch {best['epoch']}"),
             ("test NLL", f"{last['test_nll']:.2f} nats, {last['test_bpd']:.4f} bits/dim"),
-            ("training", f"{last['seconds'] / 60:.1f} min, {last['batches_per_second']:.1f} batches/s"),
+            ("training", f"{last['seconds'] / 60:.1f} min with evaluation, {last['batches_per_second']:.1f} batches/s"),
             ("written to", str(directory))]
     return "\n".join(f"{name:16}{value}" for name, value in rows)
 
@@ -290,8 +303,9 @@ def parse(argv=None):
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--data", default=Path(__file__).parent / "mnist", type=Path, help="directory of the IDX files")
     parser.add_argument("--out", type=Path, help="directory of the run (runs/mnist-ARCH-LOSS)")
-    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
-    parser.add_argument("--overwrite", action="store_true", help="replace the run in --out")
+    existing = parser.add_mutually_exclusive_group()
+    existing.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
+    existing.add_argument("--overwrite", action="store_true", help="replace the run in --out")
     settings = {name: value for defaults in DEFAULTS.values() for name, value in defaults.items()}
     group = parser.add_argument_group("settings, by default those at the top of train_mnist.py")
     for name, value in settings.items():
@@ -315,12 +329,16 @@ def parse(argv=None):
 
 
 def check_range(parser, a):
-    for name in ("epochs", "batch_size", "lr", "s", "sigma", "xi", "model_samples"):
-        if not getattr(a, name, 1) > 0:
-            parser.error(f"--{name.replace('_', '-')} must be positive, not {getattr(a, name)}")
-    for name in ("warmup", "ema_decay"):
-        if not 0 <= getattr(a, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} must lie in [0, 1), not {getattr(a, name)}")
+    for name, value in vars(a).items():
+        flag = f"--{name.replace('_', '-')}"
+        if isinstance(value, float) and not math.isfinite(value):
+            parser.error(f"{flag} must be a finite number, not {value}")
+        if name in ("epochs", "batch_size", "lr", "s", "sigma", "xi", "model_samples") and not value > 0:
+            parser.error(f"{flag} must be positive, not {value}")
+        if name in ("warmup", "ema_decay") and not 0 <= value < 1:
+            parser.error(f"{flag} must lie in [0, 1), not {value}")
+        if name in ("clip", "seed") and not 0 <= value < 2**32:
+            parser.error(f"{flag} must lie in [0, 2³²), not {value}")
 
 
 def main(argv=None):

@@ -14,13 +14,12 @@ import statistics
 import time
 
 import torch
-from torch.optim.swa_utils import AveragedModel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from data import mnist
-from run import fast_matmul, moving_average
-from train_mnist import DEFAULTS, build, make_optimizer, minibatch, parse, train_step, trainable
+from run import MovingAverage, fast_matmul, trainable
+from train_mnist import DEFAULTS, build, make_optimizer, minibatch, parse, train_step
 
 
 class FlopCounter(TorchDispatchMode):
@@ -55,12 +54,12 @@ def training_step(loss, images, batch_size, device):
     pre, flow, image_model = (part.to(device) for part in build(a, images[:2000]))
     train_set = images.flatten(1).to(device)
     optimizer = make_optimizer(a, trainable(flow))
-    average = AveragedModel(image_model, multi_avg_fn=moving_average(a.ema_decay))
+    average = MovingAverage(image_model, a.ema_decay)
 
     def step():
         index = torch.randint(len(train_set), (batch_size,), device=device)
         train_step(a, flow, minibatch(a, pre, train_set[index]), optimizer)
-        average.update_parameters(image_model)
+        average.update()
 
     return step
 
@@ -72,7 +71,7 @@ def main():
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     a = parser.parse_args()
     device = torch.device(a.device)
-    images = mnist("mnist")[0]
+    images = mnist(parse([]).data)[0]
     D = images[0].numel()
     x, W = torch.randn(a.batch_size, D, device=device), torch.randn(D, D, device=device)
     steps = {loss: training_step(loss, images, a.batch_size, device) for loss in DEFAULTS}

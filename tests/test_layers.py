@@ -113,7 +113,7 @@ def test_a_singular_weight_is_an_error_that_names_the_layer():
     (lambda: EBFlow([Convolution(2, 3)], (3, 4, 4)), "2 channels"),
     (lambda: Squeeze().output_shape((2, 4)), "even H, W"),
     (lambda: Convolution(1, 4), "odd"),
-    (lambda: SmoothLeakyReLU(alpha=0.0), "between 0 and 1"),
+    (lambda: SmoothLeakyReLU(alpha=0.0), "alpha must lie in"),
     (lambda: layers.Standardize(std=0.0), "positive"),
 ])
 def test_a_shape_or_setting_that_cannot_be_is_refused(make, message):

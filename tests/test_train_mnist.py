@@ -107,8 +107,6 @@ def test_a_run_that_is_killed_before_its_first_checkpoint_resumes_at_the_beginni
     main(arguments(data, tmp_path / "killed"))
     for name in ("checkpoint.pt", "metrics.jsonl"):
         (tmp_path / "killed" / name).unlink()
-    assert "other settings: seed is 0 there and 1 here" in fails(capsys, *arguments(data, tmp_path / "killed",
-                                                                                    "--resume", "--seed", "1"))
     main(arguments(data, tmp_path / "killed", "--resume"))
     assert rows(tmp_path / "whole")[-1]["test_nll"] == rows(tmp_path / "killed")[-1]["test_nll"]
 
@@ -200,7 +198,8 @@ def test_control_c_is_one_line_and_the_run_can_go_on(data, tmp_path):
 @pytest.mark.parametrize("flags, message", [
     (["--loss", "mle"], "invalid choice"), (["--sigma", "1", "--loss", "ml"], "--sigma is not a setting of ml"),
     (["--sigma", "-1"], "--sigma must be positive"), (["--ema-decay", "1"], r"must lie in [0, 1)"),
-    (["--epoch", "1", "--no-such"], "unrecognized arguments: --no-such"), (["--lr", "nan"], "--lr must be positive"),
+    (["--epoch", "1", "--no-such"], "unrecognized arguments: --no-such"), (["--lr", "nan"], "--lr must be a finite number"), (["--clip", "-1"], "--clip must lie in"),
+    (["--seed", "-1"], "--seed must lie in"), (["--resume", "--overwrite"], "not allowed with"),
     (["--batch-size", "1000"], "do not fill a batch"), (["--data", "/nowhere"], "no train-images-idx3-ubyte.gz"),
     (["--out", "/dev/null/run"], "cannot write to"), (["--optimizer", "sgd"], "invalid choice")])
 def test_bad_options_are_one_line(data, tmp_path, capsys, flags, message):
