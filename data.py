@@ -80,7 +80,7 @@ def check_sha256(path):
 
 
 def dequantize(images):
-    """x = image + u, u uniform on [0, 1): bytes to a datum in [0, 256) of torch's default dtype.   (B, …) -> (B, …)
+    """x = image + u, u uniform on [0, 1): bytes to a datum in [0, 256] of torch's default dtype.   (B, …) -> (B, …)
 
     The density of x integrates over each unit cube to the probability of an image, so that -E[log p(x)] bounds
     the discrete negative log-likelihood from above. Source: Uria et al., "RNADE" (2013).

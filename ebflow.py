@@ -121,14 +121,17 @@ class EBFlow(nn.Module):
         for i, (layer, shape) in enumerate(zip(self.layers, self.shapes)):
             linear = isinstance(layer, LinearLayer)
             rows.append((f"{i} {type(layer).__name__}", "×".join(map(str, shape)), "yes" if linear else "no",
-                         f"{count(layer):,}", "Z" if linear else "E", layer.cost))
-        rows.append(("total", "", "", f"{count(self):,}", "", ""))
+                         count(layer), "Z" if linear else "E", layer.cost))
+        rows.append(("total", "", "", count(self), "", ""))
         widths = [max(len(row[c]) for row in rows) for c in range(6)]
         return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths)).rstrip() for row in rows)
 
 
 def count(module):
-    return sum(p.numel() for p in module.parameters() if p.requires_grad)
+    """The number of trained parameters in words, or, where none is trained, of fixed ones."""
+    trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
+    fixed = sum(p.numel() for p in module.parameters()) - trained
+    return f"{fixed:,} fixed" if fixed and not trained else f"{trained:,}"
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """The command `train_mnist.py`: what it writes, that a killed run resumes exactly, and how it fails."""
 
+import itertools
 import json
 import math
 import resource
@@ -14,8 +15,10 @@ import torch
 
 from ebflow import EBFlow, fc_flow, logit_preprocessing
 from data import dequantize, mnist
+from run import MovingAverage
 from test_data import small_data_set
-from train_mnist import DEFAULTS, build, evaluate, main, parse
+import train_mnist
+from train_mnist import DEFAULTS, build, evaluate, learning_rate, main, parse
 
 ROOT = Path(__file__).parent.parent
 
@@ -64,51 +67,61 @@ def test_a_run_of_every_objective_leaves_its_files_and_improves(data, tmp_path, 
     assert metrics[-1]["val_nll"] < metrics[0]["val_nll"]
     last = metrics[-1]
     assert last["test_bpd"] == pytest.approx(last["test_nll"] / (16 * math.log(2)))
-    best = min(row["val_nll"] for row in metrics)
-    assert f"{best:.2f} nats" in capsys.readouterr().out
+    best = min(metrics[1:], key=lambda row: row["val_nll"])
+    assert last["best_epoch"] == best["epoch"] and f"{best['val_nll']:.2f} nats, epoch" in capsys.readouterr().out
+    splits = mnist(data)
+    model = build(parse(["--loss", loss]), splits[0])[2]  # the test split is read with the weights of the best epoch
+    model.load_state_dict(torch.load(tmp_path / "checkpoint.pt", weights_only=True)["state"]["best"]["model"])
+    assert evaluate(model, splits[1].flatten(1)) == pytest.approx(best["val_nll"])
+    assert evaluate(model, splits[2].flatten(1)) == pytest.approx(last["test_nll"])
     assert json.loads((tmp_path / "config.json").read_text())["loss"] == loss
 
 
-@pytest.mark.parametrize("flags", [["--no-map", "--lr", "1e-5"], ["--no-ema"], ["--paper"], ["--normalize", "none"],
-                                   ["--normalize", "center"], ["--no-antithetic"],
+@pytest.mark.parametrize("flags", [["--no-map"], ["--no-ema"], ["--paper"], ["--normalize", "none"],
+                                   ["--normalize", "center"], ["--no-antithetic"], ["--clip", "1"],
                                    ["--seed", "3"]])
 def test_every_switch_runs_and_changes_the_result(data, tmp_path, flags):
-    main(arguments(data, tmp_path / "a", "--epochs", "1"))
-    main(arguments(data, tmp_path / "b", "--epochs", "1", *flags))
+    main(arguments(data, tmp_path / "a", "--lr", "1e-3"))
+    main(arguments(data, tmp_path / "b", "--lr", "1e-3", *flags))
     assert rows(tmp_path / "a")[-1]["test_nll"] != rows(tmp_path / "b")[-1]["test_nll"]
 
 
-def test_a_run_that_is_killed_and_resumed_ends_exactly_like_an_undisturbed_one(data, tmp_path):
-    args = ["--epochs", "40", "--loss", "dsm"]
-    main(arguments(data, tmp_path / "whole", *args))
-    process = subprocess.Popen(command(*arguments(data, tmp_path / "killed", *args)), stderr=subprocess.DEVNULL,
+@pytest.fixture(scope="module")
+def undisturbed(data, tmp_path_factory):
+    out = tmp_path_factory.mktemp("undisturbed")
+    main(arguments(data, out, "--epochs", "40"))
+    return out
+
+
+@pytest.mark.parametrize("moment", ["before the first checkpoint", "after 1 epoch", "after 20 epochs", "while it writes"])
+def test_a_run_that_is_killed_and_resumed_ends_exactly_like_an_undisturbed_one(data, undisturbed, tmp_path, moment):
+    def reached():
+        if moment == "before the first checkpoint":
+            return (tmp_path / "config.json").exists()
+        if moment == "while it writes":
+            return (tmp_path / "metrics.jsonl").exists() and (tmp_path / ".checkpoint.pt.part").exists()
+        epochs = int(moment.split()[1])
+        return (tmp_path / "metrics.jsonl").exists() and len(rows(tmp_path)) > epochs
+
+    process = subprocess.Popen(command(*arguments(data, tmp_path, "--epochs", "40")), stderr=subprocess.DEVNULL,
                                stdout=subprocess.DEVNULL)
-    metrics = tmp_path / "killed" / "metrics.jsonl"
-    while not metrics.exists() or len(metrics.read_text().splitlines()) < 3:
+    while not reached():
         assert process.poll() is None, "the run ended before it could be killed"
-        time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert len(rows(tmp_path / "killed")) < 40
-    main(arguments(data, tmp_path / "killed", *args, "--resume"))
+    done = len(rows(tmp_path)) - 1 if (tmp_path / "metrics.jsonl").exists() else 0
+    assert done < 40
+    main(arguments(data, tmp_path, "--epochs", "40", "--resume"))
 
-    whole, killed = (torch.load(tmp_path / name / "checkpoint.pt", weights_only=True) for name in ("whole", "killed"))
+    whole, killed = (torch.load(out / "checkpoint.pt", weights_only=True) for out in (undisturbed, tmp_path))
     compared = []
     torch.utils._pytree.tree_map(lambda a, b: compared.append(torch.equal(a, b) if torch.is_tensor(a) else a == b),
                                  whole["state"], killed["state"])
     assert len(compared) > 30 and all(compared)
     timing = ("seconds", "batches_per_second")
-    for a, b in zip(rows(tmp_path / "whole"), rows(tmp_path / "killed"), strict=True):
+    for a, b in zip(rows(undisturbed), rows(tmp_path), strict=True):
         assert {k: v for k, v in a.items() if k not in timing} == {k: v for k, v in b.items() if k not in timing}
-
-
-def test_a_run_that_is_killed_before_its_first_checkpoint_resumes_at_the_beginning(data, tmp_path, capsys):
-    main(arguments(data, tmp_path / "whole"))
-    main(arguments(data, tmp_path / "killed"))
-    for name in ("checkpoint.pt", "metrics.jsonl"):
-        (tmp_path / "killed" / name).unlink()
-    main(arguments(data, tmp_path / "killed", "--resume"))
-    assert rows(tmp_path / "whole")[-1]["test_nll"] == rows(tmp_path / "killed")[-1]["test_nll"]
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_the_nll_is_that_of_the_image_by_the_brute_force_jacobian(float64):
@@ -165,23 +178,50 @@ def test_resuming_nothing_is_an_error(data, tmp_path, capsys):
     assert "nothing to resume" in fails(capsys, *arguments(data, tmp_path / "none", "--resume"))
 
 
-@pytest.mark.parametrize("loss", ["dsm", "ml", "fdssm"])
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(data, tmp_path, capsys, loss):
+@pytest.mark.parametrize("loss", DEFAULTS)
+def test_a_run_that_diverges_names_the_step_and_says_what_to_lower(data, tmp_path, capsys, loss):
     line = fails(capsys, *arguments(data, tmp_path, "--loss", loss, "--lr", "1e30", "--warmup", "0"))
-    assert "epoch 1, step" in line and "lower --lr" in line or "singular" in line
+    assert "epoch 1, step" in line and "lower --lr (it is 1e+30), set --clip" in line
     assert not (tmp_path / "checkpoint.pt").exists()
 
 
+def test_a_gradient_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(data, tmp_path, capsys,
+                                                                                       monkeypatch):
+    calls = itertools.count(1)
+
+    def objective(a, model, x):  # the loss is finite; at step 2 of epoch 2 its gradient is not
+        loss = train_mnist.losses.ssm(model.energy, x)
+        return loss + (loss * 0).sqrt() if next(calls) == 7 else loss
+
+    monkeypatch.setattr(train_mnist, "objective", objective)
+    line = fails(capsys, *arguments(data, tmp_path, "--loss", "ssm"))
+    assert "gradient nan at epoch 2, step 2" in line
+    checkpoint = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    assert checkpoint["state"]["epoch"] == 1 and len(rows(tmp_path)) == 2
+    assert all(v.isfinite().all() for v in checkpoint["state"]["model"].values())
+
+
 def test_a_full_disk_is_one_line_and_leaves_the_last_checkpoint_whole(data, tmp_path):
-    main(arguments(data, tmp_path, "--epochs", "1"))
+    args = arguments(data, tmp_path, "--epochs", "100000")
+    process = subprocess.Popen(command(*args), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    while not (tmp_path / "checkpoint.pt").exists():
+        assert process.poll() is None
+    process.kill()
+    process.wait()
     before = (tmp_path / "checkpoint.pt").read_bytes()
-    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (5_000, 5_000))  # noqa: E731
-    result = subprocess.run(command(*arguments(data, tmp_path / "new", "--epochs", "1")), preexec_fn=limit,
-                            capture_output=True, text=True)
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2,) * 2)  # noqa: E731
+    result = subprocess.run(command(*args, "--resume"), preexec_fn=limit, capture_output=True, text=True)
     assert result.returncode == 1
-    assert result.stderr.splitlines()[-1].startswith("error: cannot write"), result.stderr
-    assert {p.name for p in (tmp_path / "new").iterdir()} == {"config.json"}
-    assert (tmp_path / "checkpoint.pt").read_bytes() == before
+    assert result.stderr.splitlines()[-1].startswith("error: cannot write") and "Traceback" not in result.stderr
+    assert (tmp_path / "checkpoint.pt").read_bytes() == before and not list(tmp_path.glob(".*"))
+
+
+def test_training_on_mnist_stays_under_one_and_a_half_gibibytes(tmp_path):
+    args = ["--epochs", "1", "--batch-size", "2500", "--out", str(tmp_path), "--device", "cpu"]
+    code = ("import resource, train_mnist, sys; train_mnist.main(sys.argv[1:]); "
+            "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)")
+    result = subprocess.run([sys.executable, "-c", code, *args], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert int(result.stdout.splitlines()[-1]) < 1.5 * 2**20  # KiB on Linux
 
 
 def test_control_c_is_one_line_and_the_run_can_go_on(data, tmp_path):
@@ -204,6 +244,27 @@ def test_control_c_is_one_line_and_the_run_can_go_on(data, tmp_path):
     (["--out", "/dev/null/run"], "cannot write to"), (["--optimizer", "sgd"], "invalid choice")])
 def test_bad_options_are_one_line(data, tmp_path, capsys, flags, message):
     assert message in fails(capsys, *arguments(data, tmp_path), *flags)
+
+
+def test_the_moving_average_is_the_recursion_of_the_paper_after_its_first_steps():
+    model = torch.nn.Linear(2, 1)
+    average = MovingAverage(model, 0.9)
+    expected = None
+    for n in range(200):
+        with torch.no_grad():
+            model.weight.copy_(torch.randn(1, 2))
+        average.update()
+        m = min(0.9, (1 + n) / (10 + n)) if n else 0.0
+        expected = model.weight.detach().clone() if n == 0 else m * expected + (1 - m) * model.weight.detach()
+    torch.testing.assert_close(average.model.weight.detach(), expected)
+
+
+def test_the_schedules():
+    a = parse(["--loss", "dsm", "--lr", "1", "--warmup", "0.5", "--epochs", "100"])
+    assert [round(learning_rate(a, 1, t), 6) for t in (0, 0.25, 0.5, 1)] == [0, 0.426777, 0.5, 0]
+    paper = parse(["--loss", "dsm", "--paper"])
+    rates = [learning_rate(paper, epoch, 0.0) for epoch in (1, 2, 50, 60)]
+    assert rates == pytest.approx([1e-4, 0.95e-4, 1e-4 * 0.95**49, 1e-4 * 0.95**49])
 
 
 def test_the_defaults_of_a_flag_are_those_at_the_top_of_the_script():
