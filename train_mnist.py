@@ -60,18 +60,18 @@ PAPER = {
 
 
 @torch.no_grad()
-def build(a, images):
+def build(args, images):
     """The pre-processing x -> z, the flow of z, and the flow of x that the two are together.
 
     Its constants are measured on the training images. Whitening is one more matrix, but not one more layer of
     the model: W₁ times it is another W₁, so that the family of densities is the same with and without it.
     """
     shape = (images[0].numel(),)
-    pre = logit_preprocessing(shape, a.s)
-    if a.normalize != "none":
+    pre = logit_preprocessing(shape, args.s)
+    if args.normalize != "none":
         mean, covariance = moments(pre, images)
-        pre = logit_preprocessing(shape, a.s, mean=a.s * mean)
-    if a.normalize == "whiten":
+        pre = logit_preprocessing(shape, args.s, mean=args.s * mean)
+    if args.normalize == "whiten":
         variances, U = torch.linalg.eigh(covariance)
         if variances[0] < 1e-10 * variances[-1]:
             raise RunError(f"{len(images)} images have a singular covariance and cannot be whitened: give more "
@@ -79,7 +79,7 @@ def build(a, images):
         whitening = FullyConnected(*shape).requires_grad_(False)
         whitening.weight.copy_(U @ (variances.rsqrt()[:, None] * U.T))  # symmetric: pixels stay pixels
         pre = EBFlow([*pre.layers, whitening], shape)
-    flow = fc_flow(*shape, diagonal=a.diagonal, bias=a.bias, bend=a.bend)
+    flow = fc_flow(*shape, diagonal=args.diagonal, bias=args.bias, bend=args.bend)
     return pre, flow, EBFlow([*pre.layers, *flow.layers], shape)
 
 
@@ -93,52 +93,52 @@ def moments(transformation, images):
     return mean, second / len(images) - mean.outer(mean)
 
 
-def objective(a, model, x):
+def objective(args, model, x):
     """The loss of one batch.   (B, *shape) -> ()"""
-    if a.loss == "ml":
+    if args.loss == "ml":
         return losses.ml(model.log_prob, x)
-    if a.loss == "sml":
-        return losses.sml(model.energy, x, model.sample(a.model_samples))
-    if a.loss == "ssm":
+    if args.loss == "sml":
+        return losses.sml(model.energy, x, model.sample(args.model_samples))
+    if args.loss == "ssm":
         return losses.ssm(model.energy, x)
-    if a.loss == "fdssm":
-        return losses.fdssm(model.energy, x, a.xi)
+    if args.loss == "fdssm":
+        return losses.fdssm(model.energy, x, args.xi)
     noise = torch.randn_like(x)
-    if a.antithetic:  # each image with n and with -n: what is odd in n, of variance 1/σ², cancels
+    if args.antithetic:  # each image with n and with -n: what is odd in n, of variance 1/σ², cancels
         x, noise = torch.cat([x, x]), torch.cat([noise, -noise])
-    return losses.dsm(model.energy, x, a.sigma, noise)
+    return losses.dsm(model.energy, x, args.sigma, noise)
 
 
-def make_optimizer(a, parameters):
-    if a.optimizer == "rmsprop":
-        return torch.optim.RMSprop(parameters, lr=a.lr)
-    return torch.optim.Adam(parameters, lr=a.lr, fused=True)
+def make_optimizer(args, parameters):
+    if args.optimizer == "rmsprop":
+        return torch.optim.RMSprop(parameters, lr=args.lr)
+    return torch.optim.Adam(parameters, lr=args.lr, fused=True)
 
 
-def learning_rate(a, epoch, progress):
+def learning_rate(args, epoch, progress):
     """The learning rate, by the epoch (from 1) and the fraction of the run: by time alone, nothing to resume."""
-    if a.schedule == "steps":  # as published: × 0.95 after each of the first 49 epochs
-        return a.lr * 0.95 ** min(epoch - 1, 49)
-    rise = min(1.0, progress / a.warmup) if a.warmup else 1.0
-    return a.lr * rise * 0.5 * (1 + math.cos(math.pi * progress))
+    if args.schedule == "steps":  # as published: × 0.95 after each of the first 49 epochs
+        return args.lr * 0.95 ** min(epoch - 1, 49)
+    rise = min(1.0, progress / args.warmup) if args.warmup else 1.0
+    return args.lr * rise * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def minibatch(a, pre, images):
+def minibatch(args, pre, images):
     """What the objective sees of some images: x, or with MaP (match after pre-processing) z.   uint8 -> float"""
     with torch.no_grad():
         x = dequantize(images)
-        return pre(x) if a.map else x
+        return pre(x) if args.map else x
 
 
-def train_step(a, model, x, optimizer):
+def train_step(args, model, x, optimizer):
     """One update of the parameters.   -> (2,): the loss and the norm of its gradient, still on the device"""
     parameters = trainable(model)
-    loss = objective(a, model, x)
+    loss = objective(args, model, x)
     optimizer.zero_grad()
     # `inputs`: the noisy image is a leaf as well, and would be given a gradient that nobody reads. `backward`, not
     # `autograd.grad`: it lays the gradients out as the weights are, and fused Adam on a CPU takes that for granted.
     loss.backward(inputs=parameters)
-    norm = torch.nn.utils.clip_grad_norm_(parameters, a.clip or math.inf)
+    norm = torch.nn.utils.clip_grad_norm_(parameters, args.clip or math.inf)
     optimizer.step()
     return torch.stack([loss.detach(), norm])
 
@@ -151,44 +151,44 @@ def evaluate(model, images):
     return (energy / len(images) + model.log_z()).item()
 
 
-def train(a):
-    if a.device == "cuda" and not torch.cuda.is_available():
+def train(args):
+    if args.device == "cuda" and not torch.cuda.is_available():
         raise RunError("torch sees no GPU: use --device cpu, or install a CUDA build of torch")
-    device = torch.device(a.device if a.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
-    splits = mnist(a.data)
-    torch.manual_seed(a.seed)
-    pre, flow, image_model = (part.to(device) for part in build(a, splits[0]))
-    steps = len(splits[0]) // a.batch_size
+    device = torch.device(args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+    splits = mnist(args.data)
+    torch.manual_seed(args.seed)
+    pre, flow, image_model = (part.to(device) for part in build(args, splits[0]))
+    steps = len(splits[0]) // args.batch_size
     if steps == 0:
-        raise RunError(f"{len(splits[0])} training images do not fill a batch of {a.batch_size}: lower --batch-size")
-    run = Run(a.out, configuration(a, splits), a.resume, a.overwrite)
+        raise RunError(f"{len(splits[0])} training images do not fill a batch of {args.batch_size}: lower --batch-size")
+    run = Run(args.out, configuration(args, splits), args.resume, args.overwrite)
     train_set, val_set, test_set = (x.view(len(x), *flow.shape).to(device) for x in splits)  # bytes, on the device
 
-    model = flow if a.map else image_model  # whose energy the objective sees
-    optimizer = make_optimizer(a, trainable(model))
-    average = MovingAverage(image_model, a.ema_decay)
-    evaluated = average.model if a.ema else image_model
+    model = flow if args.map else image_model  # whose energy the objective sees
+    optimizer = make_optimizer(args, trainable(model))
+    average = MovingAverage(image_model, args.ema_decay)
+    evaluated = average.model if args.ema else image_model
     parts = {"model": image_model, "average": average, "optimizer": optimizer}
     if run.state:
         for name, part in parts.items():
             part.load_state_dict(run.state[name])
     else:
         print(image_model)
-        nll = validate(a, 0, evaluated, val_set)  # what the start alone is worth
+        nll = validate(args, 0, evaluated, val_set)  # what the start alone is worth
         run.metrics.append({"epoch": 0, "step": 0, "loss": None, **likelihood("val", nll, flow.shape),
                             "seconds": 0.0, "batches_per_second": None})
 
     done = run.state["epoch"] if run.state else 0
     best = run.state["best"] if run.state else {"val_nll": math.inf}
     seconds = run.metrics[-1]["seconds"] if run.metrics else 0.0
-    with tqdm(total=a.epochs * steps, initial=done * steps, unit=" batches", dynamic_ncols=True) as bar:
-        for epoch in range(done + 1, a.epochs + 1):
+    with tqdm(total=args.epochs * steps, initial=done * steps, unit=" batches", dynamic_ncols=True) as bar:
+        for epoch in range(done + 1, args.epochs + 1):
             start = time.perf_counter()
             bar.set_postfix(epoch=epoch, best_val_nll=f"{best['val_nll']:.1f}", refresh=False)
             with fast_matmul():
-                trace = train_epoch(a, epoch, pre, model, train_set, optimizer, average, bar)
+                trace = train_epoch(args, epoch, pre, model, train_set, optimizer, average, bar)
             rate = len(trace) / (time.perf_counter() - start)
-            nll = validate(a, epoch, evaluated, val_set)
+            nll = validate(args, epoch, evaluated, val_set)
             seconds += time.perf_counter() - start
             run.metrics.append({"epoch": epoch, "step": epoch * steps, "loss": trace[:, 0].mean().item(),
                                 "grad_norm": trace[:, 1].mean().item(), **likelihood("val", nll, flow.shape),
@@ -201,60 +201,60 @@ def train(a):
     test = likelihood("test", evaluate(image_model, test_set), flow.shape)
     run.metrics[-1] |= test | {"best_epoch": best["epoch"]}
     run.write_metrics()
-    run.picture("curves.png", curves(run.metrics, a.loss))
+    run.picture("curves.png", curves(run.metrics, args.loss))
     run.picture("samples.png", samples(image_model, splits[0].shape[1:]))
     print(summary(run.metrics, best, run.directory))
 
 
-def train_epoch(a, epoch, pre, model, train_set, optimizer, average, bar):
+def train_epoch(args, epoch, pre, model, train_set, optimizer, average, bar):
     """One pass over the images in a random order.   -> (steps, 2): loss and gradient norm of every step
 
     Every epoch starts its own random numbers, so that a resumed run has no generator to restore. The trace stays
     on the device and is read every 50 steps: a GPU need not wait for the bar.
     """
-    torch.manual_seed(1_000_003 * a.seed + epoch)
+    torch.manual_seed(1_000_003 * args.seed + epoch)
     order = torch.randperm(len(train_set), device=train_set.device)
-    batches = [index for index in order.split(a.batch_size) if len(index) == a.batch_size]
+    batches = [index for index in order.split(args.batch_size) if len(index) == args.batch_size]
     trace = torch.empty(len(batches), 2, device=train_set.device)
     for step, index in enumerate(batches):
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(a, epoch, (epoch - 1 + step / len(batches)) / a.epochs)
+            group["lr"] = learning_rate(args, epoch, (epoch - 1 + step / len(batches)) / args.epochs)
         try:
-            trace[step] = train_step(a, model, minibatch(a, pre, train_set[index]), optimizer)
+            trace[step] = train_step(args, model, minibatch(args, pre, train_set[index]), optimizer)
         except torch.linalg.LinAlgError as error:  # of ml's determinants and sml's inverse
-            raise RunError(f"{error}, at epoch {epoch}, step {step + 1}: {remedy(a)}") from None
+            raise RunError(f"{error}, at epoch {epoch}, step {step + 1}: {remedy(args)}") from None
         average.update()
         if (step + 1) % 50 == 0 or step + 1 == len(batches):
-            check_finite(a, trace[:step + 1], epoch)
+            check_finite(args, trace[:step + 1], epoch)
             bar.update((epoch - 1) * len(batches) + step + 1 - bar.n)
     return trace
 
 
-def check_finite(a, trace, epoch):
+def check_finite(args, trace, epoch):
     """Raises RunError at the first step of the epoch whose loss or gradient is not finite."""
     bad = (~trace.isfinite().all(1)).nonzero()
     if len(bad):
         step = bad[0].item()
         loss, norm = trace[step].tolist()
         raise RunError(f"the loss is {loss:g} and the norm of its gradient {norm:g} at epoch {epoch}, step {step + 1}: "
-                       + remedy(a))
+                       + remedy(args))
 
 
-def validate(a, epoch, model, images):
+def validate(args, epoch, model, images):
     """`evaluate`, but an NLL that is not finite, or a singular weight, is a RunError that names the epoch."""
     try:
         nll = evaluate(model, images)
     except torch.linalg.LinAlgError as error:
-        raise RunError(f"{error}, after epoch {epoch}: {remedy(a)}") from None
+        raise RunError(f"{error}, after epoch {epoch}: {remedy(args)}") from None
     if not math.isfinite(nll):
-        raise RunError(f"the validation NLL is {nll} after epoch {epoch}: {remedy(a)}")
+        raise RunError(f"the validation NLL is {nll} after epoch {epoch}: {remedy(args)}")
     return nll
 
 
-def remedy(a):
-    knob = {"dsm": ", raise --sigma", "fdssm": ", raise --xi"}.get(a.loss, "")
-    clip = f"lower --clip (it is {a.clip:g})" if a.clip else "set --clip"
-    return f"lower --lr (it is {a.lr:g}), {clip}{knob}; the last checkpoint that was written is kept"
+def remedy(args):
+    knob = {"dsm": ", raise --sigma", "fdssm": ", raise --xi"}.get(args.loss, "")
+    clip = f"lower --clip (it is {args.clip:g})" if args.clip else "set --clip"
+    return f"lower --lr (it is {args.lr:g}), {clip}{knob}; the last checkpoint that was written is kept"
 
 
 def likelihood(split, nll, shape):
@@ -282,9 +282,9 @@ def summary(metrics, best, directory):
     return "\n".join(f"{name:16}{value}" for name, value in rows)
 
 
-def configuration(a, splits):
+def configuration(args, splits):
     """What decides the result: the settings and the data, but not the folder or the device."""
-    config = {k: v for k, v in vars(a).items() if k not in ("out", "data", "device", "resume", "overwrite")}
+    config = {k: v for k, v in vars(args).items() if k not in ("out", "data", "device", "resume", "overwrite")}
     digest = hashlib.sha256()
     for split in splits:
         digest.update(split.numpy())
@@ -312,24 +312,24 @@ def parse(argv=None):
         kind = {"action": on_off} if isinstance(value, bool) else {"type": type(value)}
         kind |= {"choices": CHOICES[name]} if name in CHOICES else {}
         group.add_argument("--" + name.replace("_", "-"), default=None, **kind)
-    a = parser.parse_args(argv)
+    args = parser.parse_args(argv)
 
-    defaults = (PAPER if a.paper else DEFAULTS)[a.loss]
+    defaults = (PAPER if args.paper else DEFAULTS)[args.loss]
     for name in settings:
         if name not in defaults:
-            if getattr(a, name) is not None:
-                parser.error(f"--{name.replace('_', '-')} is not a setting of {a.loss}")
-            delattr(a, name)
-        elif getattr(a, name) is None:
-            setattr(a, name, defaults[name])
-    check_range(parser, a)
-    if a.out is None:
-        a.out = Path("runs") / f"mnist-{a.arch}-{a.loss}"
-    return a
+            if getattr(args, name) is not None:
+                parser.error(f"--{name.replace('_', '-')} is not a setting of {args.loss}")
+            delattr(args, name)
+        elif getattr(args, name) is None:
+            setattr(args, name, defaults[name])
+    check_range(parser, args)
+    if args.out is None:
+        args.out = Path("runs") / f"mnist-{args.arch}-{args.loss}"
+    return args
 
 
-def check_range(parser, a):
-    for name, value in vars(a).items():
+def check_range(parser, args):
+    for name, value in vars(args).items():
         flag = f"--{name.replace('_', '-')}"
         if isinstance(value, float) and not math.isfinite(value):
             parser.error(f"{flag} must be a finite number, not {value}")
@@ -342,9 +342,9 @@ def check_range(parser, a):
 
 
 def main(argv=None):
-    a = parse(argv)
+    args = parse(argv)
     with one_line_errors(DataError, torch.linalg.LinAlgError):
-        train(a)
+        train(args)
 
 
 if __name__ == "__main__":
