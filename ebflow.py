@@ -1,7 +1,7 @@
 """EBFlow: a normalizing flow read as an energy-based model whose normalising constant is known.
 
     log p(x; θ) = log p_u(g(x)) + Σ_{i∈S_n} log|det J_i(x_{i-1})| + Σ_{i∈S_l} log|det J_i|
-                  └──────────────────  -E(x; θ)  ──────────────┘   └──── -log Z(θ) ────┘
+                  └───────────────── -E(x; θ) ──────────────────┘   └──── -log Z(θ) ─────┘
 
 S_l are the affine layers, S_n the others, p_u = N(0, I), x_0 = x, x_i = g_i(x_{i-1}). There is no x in Z, so
 ∇_x log p = -∇_x E: an objective that sees the density through its score trains the flow without a single

@@ -29,16 +29,16 @@ COMMON = dict(
     epochs=15,
     batch_size=100,
     optimizer="adam",
-    lr=1e-4,            # at its peak
-    schedule="cosine",  # rises over the first `warmup` of the run, then falls to 0; or the published "steps"
+    lr=1e-4,             # at its peak
+    schedule="cosine",   # rises over the first `warmup` of the run, then falls to 0; or the published "steps"
     warmup=0.05,
-    ema_decay=0.999,    # θ̃ ← mθ̃ + (1-m)θ after each step
-    clip=0.0,           # largest norm of the gradient; 0: any
-    s=1.0,              # the flow's datum is z = logit(x / 256) / s (whitening takes any s back),
-    normalize="whiten", # minus its mean ("center"), times covariance^(-1/2) ("whiten"), or as it is ("none")
-    diagonal=1.0,       # initial weights: diagonal · I
-    bias=0.0,           # initial biases
-    bend=1.5,           # where the activation bends (see SmoothLeakyReLU)
+    ema_decay=0.999,     # θ̃ ← mθ̃ + (1-m)θ after each step
+    clip=0.0,            # largest norm of the gradient; 0: any
+    s=1.0,               # the flow's datum is z = logit(x / 256) / s, which is then
+    normalize="whiten",  # left ("none"), centred ("center"), or given covariance I ("whiten", where s drops out)
+    diagonal=1.0,        # initial weights: diagonal · I
+    bias=0.0,            # initial biases
+    bend=1.5,            # where the activation bends (see SmoothLeakyReLU)
 )
 DEFAULTS = {
     "ml": COMMON | dict(lr=6e-3, batch_size=200, epochs=40, normalize="center", bend=0.0),
