@@ -149,7 +149,7 @@ def curves(metrics, loss):
     figure = Figure(figsize=(9, 3.2), layout="constrained")
     left, right = figure.subplots(1, 2)
     left.plot([row["epoch"] for row in metrics], [row["val_nll"] for row in metrics], marker=".", label="validation")
-    left.axhline(metrics[-1]["test_nll"], color="k", ls=":", label=f"test, {metrics[-1]['test_nll']:.1f} nats")
+    left.plot(metrics[-1]["best_epoch"], metrics[-1]["test_nll"], "k*", label=f"test, {metrics[-1]['test_nll']:.1f} nats")
     left.set(ylabel="NLL (nats)", title="exact negative log-likelihood")
     left.legend()
     right.plot([row["epoch"] for row in trained], [row["loss"] for row in trained], marker=".", color="C1")
@@ -158,10 +158,10 @@ def curves(metrics, loss):
         axes.set_xlabel("epoch")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
-        values = sorted(axes.lines[0].get_ydata())
-        low, typical = values[0], values[len(values) // 2] - values[0]
-        if values[-1] > low + 8 * typical > low:  # the first epochs would flatten the rest
-            axes.set_ylim(low - typical, low + 8 * typical)
+        values = axes.lines[0].get_ydata()
+        low, late = min(values), max(values[len(values) // 3:])
+        if max(values) > low + 20 * (late - low) > low:  # a start far away would flatten the rest
+            axes.set_ylim(low - 0.5 * (late - low), low + 4 * (late - low))
     return figure
 
 

@@ -39,9 +39,10 @@ def main():
                        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"}
         axes.plot([row["seconds"] / 60 for row in metrics], [row["val_nll"] for row in metrics], marker=".",
                   label=f"{loss}, {last['test_nll']:.1f} on the test split")
-    axes.set(xlabel="minutes of training", ylabel="validation NLL (nats)", xscale="symlog", ylim=(960, 1120),
+    axes.axhline(1092.4, color="k", lw=0.8, ls=":", label="ml in the paper, 1092.4 on the test split")
+    axes.set(xlabel="minutes of training", ylabel="validation NLL (nats)", xlim=(0, 9), ylim=(950, 1120),
              title="exact NLL of the two-layer flow on MNIST")
-    axes.legend()
+    axes.legend(fontsize="small", loc="upper right", ncols=2)
     axes.grid(alpha=0.3)
     a.results.mkdir(exist_ok=True)
     figure.savefig(a.results / "mnist-fc.png", dpi=150)
