@@ -49,8 +49,8 @@ def timed(function, device):
 
 def training_step(loss, images, batch_size, device):
     """A function that does one whole step on random images of the training split."""
-    flags = ["--loss", loss, "--batch-size", str(batch_size)] + (["--no-antithetic"] if loss == "dsm" else [])
-    a = parse(flags + (["--model-samples", str(batch_size)] if loss == "sml" else []))
+    samples = ["--model-samples", str(batch_size)] if loss == "sml" else []
+    a = parse(["--loss", loss, "--batch-size", str(batch_size), "--normalize", "center", *samples])
     pre, flow, image_model = (part.to(device) for part in build(a, images[:2000]))
     train_set = images.flatten(1).to(device)
     optimizer = make_optimizer(a, trainable(flow))
