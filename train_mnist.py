@@ -44,7 +44,7 @@ DEFAULTS = {
     "ml": COMMON | dict(lr=6e-3, batch_size=200, epochs=40, bend=0.0),
     "sml": COMMON | dict(lr=3e-3, batch_size=200, epochs=25, bend=0.0, model_samples=400),
     "ssm": COMMON,
-    "dsm": COMMON | dict(epochs=30, sigma=0.4),
+    "dsm": COMMON | dict(sigma=0.4),
     "fdssm": COMMON | dict(batch_size=500, epochs=40, normalize="whiten", xi=1.0),
 }
 CHOICES = {"optimizer": ["adam", "rmsprop"], "schedule": ["cosine", "steps"], "normalize": ["none", "center", "whiten"]}
