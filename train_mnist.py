@@ -43,7 +43,7 @@ COMMON = dict(
 DEFAULTS = {
     "ml": COMMON | dict(lr=6e-3, batch_size=200, epochs=40, bend=0.0),
     "sml": COMMON | dict(lr=3e-3, batch_size=200, epochs=25, bend=0.0, model_samples=400),
-    "ssm": COMMON,
+    "ssm": COMMON | dict(epochs=10, normalize="whiten"),
     "dsm": COMMON | dict(sigma=0.4),
     "fdssm": COMMON | dict(batch_size=500, epochs=40, normalize="whiten", xi=1.0),
 }
