@@ -72,7 +72,8 @@ def check_sha256(path):
         return
     try:
         found = hashlib.sha256(path.read_bytes()).hexdigest()
-        expected = dict(reversed(line.replace(" *", "  ").split(maxsplit=1)) for line in sums.read_text().splitlines())
+        lines = [line.replace(" *", "  ") for line in sums.read_text().splitlines() if line.strip()]
+        expected = dict(reversed(line.split(maxsplit=1)) for line in lines)
     except (OSError, ValueError) as error:
         raise DataError(f"cannot check {path} against {sums}: {error}") from None
     if expected.get(path.name, found) != found:

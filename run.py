@@ -134,7 +134,7 @@ def trainable(model):
 @contextlib.contextmanager
 def fast_matmul():
     """Lets a CPU multiply in bfloat16 where it has units for that (AMX). Where it has none the products stay
-    float32, but come from oneDNN instead of MKL: on an AMD processor 2.3 times as fast. Training only."""
+    float32, but come from oneDNN instead of MKL, which is slow on AMD processors. For training only."""
     before = torch.backends.mkldnn.matmul.fp32_precision
     torch.backends.mkldnn.matmul.fp32_precision = "bf16"
     try:

@@ -32,7 +32,7 @@ def main():
         train_mnist.main(["--loss", loss, "--out", str(directory), *resume])
         metrics = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
         last = metrics[-1]
-        table[loss] = {"start_val_nll": metrics[0]["val_nll"], "val_nll": min(row["val_nll"] for row in metrics),
+        table[loss] = {"start_val_nll": metrics[0]["val_nll"], "val_nll": metrics[last["best_epoch"]]["val_nll"],
                        "test_nll": last["test_nll"], "test_bpd": last["test_bpd"], "minutes": last["seconds"] / 60,
                        "epochs": last["epoch"], "best_epoch": last["best_epoch"], "seed": 0,
                        "command": f"python train_mnist.py --loss {loss}",

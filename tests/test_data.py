@@ -95,6 +95,12 @@ def test_too_few_images_for_the_validation_split(tmp_path):
         mnist(small_data_set(tmp_path, n=5))
 
 
+def test_a_blank_line_among_the_checksums_is_no_harm(tmp_path):
+    path = small_data_set(tmp_path) / "train-images-idx3-ubyte.gz"
+    (tmp_path / "SHA256SUMS").write_text(f"\n{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}\n\n")
+    assert len(mnist(tmp_path)[0]) == 250
+
+
 def test_every_bundled_file_has_a_checksum_and_an_altered_copy_is_refused(tmp_path):
     copy = shutil.copytree(MNIST, tmp_path / "mnist")
     path = copy / "t10k-images-idx3-ubyte.gz"
