@@ -1,4 +1,4 @@
-"""Data: images in MNIST's format as bytes, and the noise that makes them continuous."""
+"""Data: images in MNIST's format, and densities in the plane that are known exactly."""
 
 import gzip
 import hashlib
@@ -87,3 +87,106 @@ def dequantize(images):
     the discrete negative log-likelihood from above. Source: Uria et al., "RNADE" (2013).
     """
     return images + torch.rand(images.shape, device=images.device)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Densities in the plane: points on a figure, smoothed, whose log-density and score are exact
+# ---------------------------------------------------------------------------------------------------------
+
+
+class Toy:
+    """Points of a figure in the plane, each with noise N(0, 0.375² I), and the exact density of the sum:
+
+        p(x) = Σ_k w_k p_1(x_1 | k) p_2(x_2 | k),      x_i | k ~ center_ki + U[-width/2, width/2] + N(0, std_i²)
+
+    points   (n, device) -> (n, 2), before smoothing
+    weights  (K,), center (K, 2), width a number, std (2,)
+
+    For the checkerboard k are its squares. For the other two k are the nodes of a Gauss-Legendre rule along the curve,
+    so close beside `std` that the sum is exact to 1e-9. Source of the figures: the code of Chao et al. (2023).
+    """
+
+    smoothing = 0.375
+
+    def __init__(self, points, weights, center, width=0.0, std=(smoothing, smoothing)):
+        self.points = points
+        self.log_weights, self.center = weights.log(), center
+        self.width, self.std = width, torch.tensor(std, dtype=torch.float64)
+
+    def sample(self, n, device="cpu", smoothing=smoothing):
+        """n draws of p in torch's default dtype; with less smoothing, draws of a sharper density.   -> (n, 2)"""
+        return self.points(n, device) + smoothing * torch.randn(n, 2, device=device)
+
+    def log_prob(self, x):
+        """log p(x) in nats, computed in float64.   (B, 2) -> (B,)"""
+        log_weights, center, std = (t.to(x.device) for t in (self.log_weights, self.center, self.std))
+        return torch.cat([
+            torch.logsumexp(log_weights + log_smoothed_box(batch[:, None] - center, self.width, std).sum(2), dim=1)
+            for batch in x.double().split(2000)]).to(x.dtype)  # (2000, K, 2) at a time
+
+    def score(self, x):
+        """∇_x log p(x).   (B, 2) -> (B, 2)"""
+        scores = []
+        for batch in x.detach().split(2000):
+            with torch.enable_grad():
+                batch = batch.requires_grad_()
+                scores.append(torch.autograd.grad(self.log_prob(batch).sum(), batch)[0])
+        return torch.cat(scores)
+
+
+def log_smoothed_box(d, width, std):
+    """The log-density of U[-width/2, width/2] + N(0, std²) at d, element by element.
+
+    log( (Φ((width/2 - d)/std) - Φ((-width/2 - d)/std)) / width ), from the logarithms of both, since a few widths
+    away the two are below the smallest float. width = 0 is N(0, std²).
+    """
+    if width == 0:
+        return -0.5 * (d / std).square() - (std * math.sqrt(2 * math.pi)).log()
+    d = d.abs()  # it is even in d, and now the second Φ is the smaller one by far
+    log_upper, log_lower = (torch.special.log_ndtr((end - d) / std) for end in (width / 2, -width / 2))
+    return log_upper + torch.log(-torch.expm1(log_lower - log_upper)) - math.log(width)
+
+
+def sine():
+    """4 · (t, sin 3t + n/4), t uniform on [-2, 2], n standard normal."""
+    def points(n, device):
+        t = 4 * torch.rand(n, device=device) - 2
+        return 4 * torch.stack([t, torch.sin(3 * t) + 0.25 * torch.randn(n, device=device)], dim=1)
+
+    t, weights = gauss_legendre(200, -2, 2)
+    return Toy(points, weights / 4, 4 * torch.stack([t, torch.sin(3 * t)], dim=1),
+               std=(Toy.smoothing, math.hypot(1, Toy.smoothing)))
+
+
+def swirl():
+    """5/6 · (t cos t + 1 - u₁/2, -t sin t + 2 - u₂/2), t = 3π √u₃, u uniform on [0, 1]: t has the density 2t/(3π)²."""
+    def spiral(t):
+        return torch.stack([t * t.cos() + 1, -t * t.sin() + 2], dim=1)
+
+    def points(n, device):
+        t = 3 * math.pi * torch.rand(n, device=device).sqrt()
+        return 5 / 6 * (spiral(t) - torch.rand(n, 2, device=device) / 2)
+
+    t, weights = gauss_legendre(320, 0, 3 * math.pi)
+    return Toy(points, weights * 2 * t / (3 * math.pi) ** 2, 5 / 6 * (spiral(t) - 1 / 4), width=5 / 12)
+
+
+def checkerboard():
+    """3 · (t, u - 2b + (⌊t⌋ mod 2)), t uniform on [-2, 2], u on [0, 1], b a fair bit: eight squares of side 3."""
+    def points(n, device):
+        t, u = 4 * torch.rand(n, device=device) - 2, torch.rand(n, device=device)
+        b = torch.randint(2, (n,), device=device)
+        return 3 * torch.stack([t, u - 2 * b + t.floor() % 2], dim=1)
+
+    squares = [(t, t % 2 - 2 * b) for t in range(-2, 2) for b in range(2)]  # lower left corners
+    center = 3 * (torch.tensor(squares, dtype=torch.float64) + 0.5)
+    return Toy(points, torch.full((8,), 1 / 8, dtype=torch.float64), center, width=3.0)
+
+
+TOYS = {"sine": sine, "swirl": swirl, "checkerboard": checkerboard}
+
+
+def gauss_legendre(n, a, b):
+    """Nodes and weights of Σ w f(t) ≈ ∫_a^b f dt, in float64.   -> (n,), (n,)"""
+    nodes, weights = map(torch.from_numpy, np.polynomial.legendre.leggauss(n))
+    return (a + b) / 2 + (b - a) / 2 * nodes, (b - a) / 2 * weights

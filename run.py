@@ -1,8 +1,7 @@
-"""What every training run shares: a directory that is never overwritten by accident, checkpoints that are
-written whole or not at all, a metrics log and its curves, the moving average, and errors of one line."""
+"""The directory of a run: never overwritten by accident, with checkpoints that are written whole or not at all, a
+metrics log and its curves; and errors of one line."""
 
 import contextlib
-import copy
 import json
 import os
 import sys
@@ -41,7 +40,7 @@ class Run:
                 if not overwrite:
                     raise RunError(f"{self.directory} already holds a run: continue it with --resume, "
                                    "replace it with --overwrite, or name another --out")
-                for name in ("checkpoint.pt", "metrics.jsonl", "curves.png", "samples.png"):
+                for name in ("checkpoint.pt", "metrics.jsonl", "curves.png", "samples.png", "density.png"):
                     (self.directory / name).unlink(missing_ok=True)
             self.write("config.json", (json.dumps(config, indent=2) + "\n").encode())
         except OSError as error:
@@ -70,7 +69,7 @@ class Run:
     def save(self, state):
         """Writes the checkpoint, then the metrics log that belongs to it."""
         checkpoint = {"config": self.config, "state": state, "metrics": self.metrics}
-        with self._whole("checkpoint.pt") as file:
+        with whole(self.directory / "checkpoint.pt") as file:
             torch.save(checkpoint, file)
         self.write_metrics()
 
@@ -78,69 +77,28 @@ class Run:
         self.write("metrics.jsonl", "".join(json.dumps(row) + "\n" for row in self.metrics).encode())
 
     def write(self, name, data):
-        with self._whole(name) as file:
+        with whole(self.directory / name) as file:
             file.write(data)
 
     def picture(self, name, figure):
-        with self._whole(name) as file:
+        with whole(self.directory / name) as file:
             figure.savefig(file, format="png", dpi=150)
-
-    @contextlib.contextmanager
-    def _whole(self, name):
-        """A file that appears under its name complete, or not at all (a kill, a full disk)."""
-        temporary = self.directory / f".{name}.part"
-        try:
-            with open(temporary, "wb") as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, self.directory / name)
-        except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
-            raise RunError(f"cannot write {self.directory / name}: {error}; what was there is as it was") from None
-        finally:
-            temporary.unlink(missing_ok=True)
-
-
-class MovingAverage:
-    """θ̃ ← mθ̃ + (1-m)θ after each step (the paper's EMA), over the parameters that are trained.
-
-    In the first steps m is (1+n)/(10+n), so that θ̃ soon forgets where it started. The count is kept on the host:
-    torch's AveragedModel keeps it on the device, and a GPU would have to be waited for at every step.
-    """
-
-    def __init__(self, model, m):
-        self.model = copy.deepcopy(model)
-        self.m, self.n = m, 0
-        self.averages, self.parameters = trainable(self.model), trainable(model)
-
-    @torch.no_grad()
-    def update(self):
-        m = min(self.m, (1 + self.n) / (10 + self.n)) if self.n else 0.0
-        torch._foreach_lerp_(self.averages, self.parameters, 1 - m)
-        self.n += 1
-
-    def state_dict(self):
-        return {"model": self.model.state_dict(), "n": self.n}
-
-    def load_state_dict(self, state):
-        self.model.load_state_dict(state["model"])
-        self.n = state["n"]
-
-
-def trainable(model):
-    return [p for p in model.parameters() if p.requires_grad]
 
 
 @contextlib.contextmanager
-def fast_matmul():
-    """Lets a CPU multiply in bfloat16 where it has units for that (AMX). Where it has none the products stay
-    float32, but come from oneDNN instead of MKL, which is slow on AMD processors. For training only."""
-    before = torch.backends.mkldnn.matmul.fp32_precision
-    torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+def whole(path):
+    """A file that appears under its name complete, or not at all (a kill, a full disk). Raises RunError."""
+    temporary = path.with_name(f".{path.name}.part")
     try:
-        yield
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
+        raise RunError(f"cannot write {path}: {error}; what was there is as it was") from None
     finally:
-        torch.backends.mkldnn.matmul.fp32_precision = before
+        temporary.unlink(missing_ok=True)
 
 
 def curves(metrics, loss):

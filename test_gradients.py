@@ -18,7 +18,8 @@ import losses
 from ebflow import EBFlow, cnn_flow, fc_flow, logit_preprocessing, toy_flow
 from layers import (ActNorm, AffineCoupling, Conv1x1, Convolution, FullyConnected, LinearLayer, Logit,
                     SmoothLeakyReLU, Squeeze, Standardize)
-from train_mnist import DEFAULTS, make_optimizer, train_step
+from train_mnist import DEFAULTS
+from training import make_optimizer, train_step
 
 
 @pytest.fixture(autouse=True)

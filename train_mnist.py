@@ -8,21 +8,19 @@ decides which epoch is kept; the test split is read once, at the end.
 """
 
 import argparse
-import copy
 import hashlib
 import math
-import time
 from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
-from tqdm import tqdm
 
-import losses
 from data import DataError, dequantize, mnist
 from ebflow import EBFlow, fc_flow, logit_preprocessing
 from layers import FullyConnected
-from run import MovingAverage, Run, RunError, curves, fast_matmul, one_line_errors, trainable
+from run import Run, RunError, curves, one_line_errors
+from training import (MovingAverage, add_run_flags, add_settings, fast_matmul, fit, make_optimizer, pick_device,
+                      trainable, with_settings)
 
 # The settings that a flag of the same name changes. `--paper` takes the published ones instead.
 COMMON = dict(
@@ -47,7 +45,6 @@ DEFAULTS = {
     "dsm": COMMON | dict(sigma=0.4),
     "fdssm": COMMON | dict(batch_size=500, epochs=40, normalize="whiten", xi=1.0),
 }
-CHOICES = {"optimizer": ["adam", "rmsprop"], "schedule": ["cosine", "steps"], "normalize": ["none", "center", "whiten"]}
 PUBLISHED = COMMON | dict(epochs=50, optimizer="rmsprop", lr=1e-4, schedule="steps", s=0.5, normalize="none",
                           diagonal=-1.0, bias=1.0, bend=None)
 PAPER = {
@@ -93,51 +90,11 @@ def moments(transformation, images):
     return mean, second / len(images) - mean.outer(mean)
 
 
-def objective(args, model, x):
-    """The loss of one batch.   (B, *shape) -> ()"""
-    if args.loss == "ml":
-        return losses.ml(model.log_prob, x)
-    if args.loss == "sml":
-        return losses.sml(model.energy, x, model.sample(args.model_samples))
-    if args.loss == "ssm":
-        return losses.ssm(model.energy, x)
-    if args.loss == "dsm":
-        return losses.dsm(model.energy, x, args.sigma)
-    return losses.fdssm(model.energy, x, args.xi)
-
-
-def make_optimizer(args, parameters):
-    if args.optimizer == "rmsprop":
-        return torch.optim.RMSprop(parameters, lr=args.lr)
-    return torch.optim.Adam(parameters, lr=args.lr, fused=True)
-
-
-def learning_rate(args, epoch, progress):
-    """The learning rate, by the epoch (from 1) and the fraction of the run: by time alone, nothing to resume."""
-    if args.schedule == "steps":  # as published: × 0.95 after each of the first 49 epochs
-        return args.lr * 0.95 ** min(epoch - 1, 49)
-    rise = min(1.0, progress / args.warmup) if args.warmup else 1.0
-    return args.lr * rise * 0.5 * (1 + math.cos(math.pi * progress))
-
-
 def minibatch(args, pre, images):
     """What the objective sees of some images: x, or with MaP (match after pre-processing) z.   uint8 -> float"""
     with torch.no_grad():
         x = dequantize(images)
         return pre(x) if args.map else x
-
-
-def train_step(args, model, x, optimizer):
-    """One update of the parameters.   -> (2,): the loss and the norm of its gradient, still on the device"""
-    parameters = trainable(model)
-    loss = objective(args, model, x)
-    optimizer.zero_grad()
-    # `inputs`: the noisy image is a leaf as well, and would be given a gradient that nobody reads. `backward`, not
-    # `autograd.grad`: it lays the gradients out as the weights are, and fused Adam on a CPU takes that for granted.
-    loss.backward(inputs=parameters)
-    norm = torch.nn.utils.clip_grad_norm_(parameters, args.clip or math.inf)
-    optimizer.step()
-    return torch.stack([loss.detach(), norm])
 
 
 @torch.no_grad()
@@ -149,9 +106,7 @@ def evaluate(model, images):
 
 
 def train(args):
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise RunError("torch sees no GPU: use --device cpu, or install a CUDA build of torch")
-    device = torch.device(args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+    device = pick_device(args.device)
     splits = mnist(args.data)
     torch.manual_seed(args.seed)
     pre, flow, image_model = (part.to(device) for part in build(args, splits[0]))
@@ -159,40 +114,20 @@ def train(args):
     if steps == 0:
         raise RunError(f"{len(splits[0])} training images do not fill a batch of {args.batch_size}: lower --batch-size")
     run = Run(args.out, configuration(args, splits), args.resume, args.overwrite)
+    if run.state is None:
+        print(image_model)
     train_set, val_set, test_set = (x.view(len(x), *flow.shape).to(device) for x in splits)  # bytes, on the device
 
-    model = flow if args.map else image_model  # whose energy the objective sees
-    optimizer = make_optimizer(args, trainable(model))
-    average = MovingAverage(image_model, args.ema_decay)
-    evaluated = average.model if args.ema else image_model
-    parts = {"model": image_model, "average": average, "optimizer": optimizer}
-    if run.state:
-        for name, part in parts.items():
-            part.load_state_dict(run.state[name])
-    else:
-        print(image_model)
-        nll = validate(args, 0, evaluated, val_set)  # what the start alone is worth
-        run.metrics.append({"epoch": 0, "step": 0, "loss": None, **likelihood("val", nll, flow.shape),
-                            "seconds": 0.0, "batches_per_second": None})
+    def minibatches(epoch):
+        order = torch.randperm(len(train_set), device=device)
+        for index in order.split(args.batch_size)[:steps]:
+            yield minibatch(args, pre, train_set[index])
 
-    done = run.state["epoch"] if run.state else 0
-    best = run.state["best"] if run.state else {"val_nll": math.inf}
-    seconds = run.metrics[-1]["seconds"] if run.metrics else 0.0
-    with tqdm(total=args.epochs * steps, initial=done * steps, unit=" batches", dynamic_ncols=True) as bar:
-        for epoch in range(done + 1, args.epochs + 1):
-            start = time.perf_counter()
-            bar.set_postfix(epoch=epoch, best_val_nll=f"{best['val_nll']:.1f}", refresh=False)
-            with fast_matmul():
-                trace = train_epoch(args, epoch, pre, model, train_set, optimizer, average, bar)
-            rate = len(trace) / (time.perf_counter() - start)
-            nll = validate(args, epoch, evaluated, val_set)
-            seconds += time.perf_counter() - start
-            run.metrics.append({"epoch": epoch, "step": epoch * steps, "loss": trace[:, 0].mean().item(),
-                                "grad_norm": trace[:, 1].mean().item(), **likelihood("val", nll, flow.shape),
-                                "seconds": seconds, "batches_per_second": rate})
-            if nll < best["val_nll"]:
-                best = {"epoch": epoch, "val_nll": nll, "model": copy.deepcopy(evaluated.state_dict())}
-            run.save({name: part.state_dict() for name, part in parts.items()} | {"epoch": epoch, "best": best})
+    best = fit(args, run, image_model, MovingAverage(image_model, args.ema_decay),
+               make_optimizer(args, trainable(image_model)),
+               seen=flow if args.map else image_model,  # whose energy the objective sees
+               minibatches=minibatches, steps=steps, context=fast_matmul,
+               evaluate=lambda model: likelihood("val", evaluate(model, val_set), flow.shape))
 
     image_model.load_state_dict(best["model"])
     test = likelihood("test", evaluate(image_model, test_set), flow.shape)
@@ -201,57 +136,6 @@ def train(args):
     run.picture("curves.png", curves(run.metrics, args.loss))
     run.picture("samples.png", samples(image_model, splits[0].shape[1:]))
     print(summary(run.metrics, best, run.directory))
-
-
-def train_epoch(args, epoch, pre, model, train_set, optimizer, average, bar):
-    """One pass over the images in a random order.   -> (steps, 2): loss and gradient norm of every step
-
-    Every epoch starts its own random numbers, so that a resumed run has no generator to restore. The trace stays
-    on the device and is read every 50 steps: a GPU need not wait for the bar.
-    """
-    torch.manual_seed(1_000_003 * args.seed + epoch)
-    order = torch.randperm(len(train_set), device=train_set.device)
-    batches = [index for index in order.split(args.batch_size) if len(index) == args.batch_size]
-    trace = torch.empty(len(batches), 2, device=train_set.device)
-    for step, index in enumerate(batches):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(args, epoch, (epoch - 1 + step / len(batches)) / args.epochs)
-        try:
-            trace[step] = train_step(args, model, minibatch(args, pre, train_set[index]), optimizer)
-        except torch.linalg.LinAlgError as error:  # of ml's determinants and sml's inverse
-            raise RunError(f"{error}, at epoch {epoch}, step {step + 1}: {remedy(args)}") from None
-        average.update()
-        if (step + 1) % 50 == 0 or step + 1 == len(batches):
-            check_finite(args, trace[:step + 1], epoch)
-            bar.update((epoch - 1) * len(batches) + step + 1 - bar.n)
-    return trace
-
-
-def check_finite(args, trace, epoch):
-    """Raises RunError at the first step of the epoch whose loss or gradient is not finite."""
-    bad = (~trace.isfinite().all(1)).nonzero()
-    if len(bad):
-        step = bad[0].item()
-        loss, norm = trace[step].tolist()
-        raise RunError(f"the loss is {loss:g} and the norm of its gradient {norm:g} at epoch {epoch}, step {step + 1}: "
-                       + remedy(args))
-
-
-def validate(args, epoch, model, images):
-    """`evaluate`, but an NLL that is not finite, or a singular weight, is a RunError that names the epoch."""
-    try:
-        nll = evaluate(model, images)
-    except torch.linalg.LinAlgError as error:
-        raise RunError(f"{error}, after epoch {epoch}: {remedy(args)}") from None
-    if not math.isfinite(nll):
-        raise RunError(f"the validation NLL is {nll} after epoch {epoch}: {remedy(args)}")
-    return nll
-
-
-def remedy(args):
-    knob = {"dsm": ", raise --sigma", "fdssm": ", raise --xi"}.get(args.loss, "")
-    clip = f"lower --clip (it is {args.clip:g})" if args.clip else "set --clip"
-    return f"lower --lr (it is {args.lr:g}), {clip}{knob}; the last checkpoint that was written is kept"
 
 
 def likelihood(split, nll, shape):
@@ -294,48 +178,16 @@ def parse(argv=None):
     parser.add_argument("--loss", choices=DEFAULTS, default="dsm")
     parser.add_argument("--arch", choices=["fc"], default="fc")
     parser.add_argument("--paper", action="store_true", help="the published settings instead of the tuned ones")
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--map", action=on_off, default=True, help="match after pre-processing")
-    parser.add_argument("--ema", action=on_off, default=True, help="evaluate the moving average of the weights")
-    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--data", default=Path(__file__).parent / "mnist", type=Path, help="directory of the IDX files")
     parser.add_argument("--out", type=Path, help="directory of the run (runs/mnist-ARCH-LOSS)")
-    existing = parser.add_mutually_exclusive_group()
-    existing.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
-    existing.add_argument("--overwrite", action="store_true", help="replace the run in --out")
-    settings = {name: value for defaults in DEFAULTS.values() for name, value in defaults.items()}
-    group = parser.add_argument_group("settings, by default those at the top of train_mnist.py")
-    for name, value in settings.items():
-        kind = {"action": on_off} if isinstance(value, bool) else {"type": type(value)}
-        kind |= {"choices": CHOICES[name]} if name in CHOICES else {}
-        group.add_argument("--" + name.replace("_", "-"), default=None, **kind)
+    add_run_flags(parser)
+    add_settings(parser, DEFAULTS.values())
     args = parser.parse_args(argv)
-
-    defaults = (PAPER if args.paper else DEFAULTS)[args.loss]
-    for name in settings:
-        if name not in defaults:
-            if getattr(args, name) is not None:
-                parser.error(f"--{name.replace('_', '-')} is not a setting of {args.loss}")
-            delattr(args, name)
-        elif getattr(args, name) is None:
-            setattr(args, name, defaults[name])
-    check_range(parser, args)
+    args = with_settings(parser, args, DEFAULTS.values(), (PAPER if args.paper else DEFAULTS)[args.loss])
     if args.out is None:
         args.out = Path("runs") / f"mnist-{args.arch}-{args.loss}"
     return args
-
-
-def check_range(parser, args):
-    for name, value in vars(args).items():
-        flag = f"--{name.replace('_', '-')}"
-        if isinstance(value, float) and not math.isfinite(value):
-            parser.error(f"{flag} must be a finite number, not {value}")
-        if name in ("epochs", "batch_size", "lr", "s", "sigma", "xi", "model_samples") and not value > 0:
-            parser.error(f"{flag} must be positive, not {value}")
-        if name in ("warmup", "ema_decay") and not 0 <= value < 1:
-            parser.error(f"{flag} must lie in [0, 1), not {value}")
-        if name in ("clip", "seed") and not 0 <= value < 2**32:
-            parser.error(f"{flag} must lie in [0, 2³²), not {value}")
 
 
 def main(argv=None):

@@ -18,8 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from data import mnist
-from run import MovingAverage, fast_matmul, trainable
-from train_mnist import DEFAULTS, build, make_optimizer, minibatch, parse, train_step
+from train_mnist import DEFAULTS, build, minibatch, parse
+from training import MovingAverage, fast_matmul, make_optimizer, train_step, trainable
 
 
 class FlopCounter(TorchDispatchMode):

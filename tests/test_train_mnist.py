@@ -15,10 +15,11 @@ import torch
 
 from ebflow import EBFlow, fc_flow, logit_preprocessing
 from data import dequantize, mnist
-from run import MovingAverage
+from training import MovingAverage, learning_rate
 from test_data import small_data_set
-import train_mnist
-from train_mnist import DEFAULTS, build, evaluate, learning_rate, main, parse
+import losses
+import training
+from train_mnist import DEFAULTS, build, evaluate, main, parse
 
 ROOT = Path(__file__).parent.parent
 
@@ -190,10 +191,10 @@ def test_a_gradient_that_is_not_finite_stops_the_run_and_keeps_the_last_good_che
     calls = itertools.count(1)
 
     def objective(a, model, x):  # the loss is finite; at step 2 of epoch 2 its gradient is not
-        loss = train_mnist.losses.ssm(model.energy, x)
+        loss = losses.ssm(model.energy, x)
         return loss + (loss * 0).sqrt() if next(calls) == 7 else loss
 
-    monkeypatch.setattr(train_mnist, "objective", objective)
+    monkeypatch.setattr(training, "objective", objective)
     line = fails(capsys, *arguments(data, tmp_path, "--loss", "ssm"))
     assert "gradient nan at epoch 2, step 2" in line
     checkpoint = torch.load(tmp_path / "checkpoint.pt", weights_only=True)

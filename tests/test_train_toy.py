@@ -1,0 +1,135 @@
+"""The command `train_toy.py`: its figures, what it writes, that a stopped run resumes exactly, and how it fails."""
+
+import json
+
+import pytest
+import torch
+
+import run
+import training
+from data import TOYS, Toy
+from ebflow import EBFlow, toy_flow
+from layers import FullyConnected
+from train_toy import DEFAULTS, divergences, main, parse, truth
+
+FILES = {"checkpoint.pt", "config.json", "curves.png", "metrics.jsonl", "density.png"}
+
+
+def arguments(out, *extra):
+    return ["--out", str(out), "--epochs", "3", "--steps", "10", "--batch-size", "64", "--blocks", "2", "--width", "8",
+            "--test-points", "400", "--device", "cpu", *extra]
+
+
+def fails(capsys, *args):
+    """The one line that the command prints before it exits with a status other than zero."""
+    with pytest.raises(SystemExit) as exit:
+        main(args)
+    assert exit.value.code not in (0, None)
+    line = exit.value.code if isinstance(exit.value.code, str) else capsys.readouterr().err.strip().splitlines()[-1]
+    assert "\n" not in line
+    return line
+
+
+def rows(out):
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_the_divergences_are_those_of_a_quadrature():
+    """Of a Gaussian that is no good fit, so that neither is small; by the trapezoid rule on a lattice."""
+    toy = TOYS["checkerboard"]()
+    flow = EBFlow([FullyConnected(2, diagonal=0.4, bias=0.1)], (2,))
+    ticks = torch.arange(-13, 13.25, 0.25, dtype=torch.float64)
+    x = torch.cartesian_prod(ticks, ticks)
+    p, inside = toy.log_prob(x).exp() * 0.25**2, toy.log_prob(x) > -50
+    flow = flow.double()
+    kl = (p * (toy.log_prob(x) - flow.log_prob(x))).sum().item()
+    fisher = (p * 0.5 * (toy.score(x) - flow.score(x)).square().sum(1))[inside].sum().item()
+    row = divergences("test", flow.float(), *truth(toy, 50_000, 0, "cpu"))
+    assert abs(row["test_kl"] - kl) < 4 * row["test_kl_se"] and row["test_kl_se"] < 0.02 * kl
+    assert abs(row["test_fisher"] - fisher) < 4 * row["test_fisher_se"] and row["test_fisher_se"] < 0.02 * fisher
+
+
+def test_all_objectives_on_all_toys_leave_their_files_improve_and_make_the_grid(tmp_path, capsys):
+    everything = arguments(tmp_path, "--data", "all", "--loss", "all", "--start-smoothing", str(Toy.smoothing))
+    main(everything)
+    assert {p.name for p in tmp_path.iterdir()} == {f"{toy}-{loss}" for toy in TOYS for loss in DEFAULTS} | {"grid.png"}
+    table = capsys.readouterr().out
+    for toy in TOYS:
+        for loss in DEFAULTS:
+            out = tmp_path / f"{toy}-{loss}"
+            assert {p.name for p in out.iterdir()} == FILES
+            metrics = rows(out)
+            assert [row["step"] for row in metrics] == [0, 10, 20, 30]
+            figure = "val_kl" if loss in ("ml", "sml") else "val_fisher"  # 30 steps are few: what it minimises
+            assert metrics[-1][figure] < metrics[0][figure]
+            assert metrics[-1]["test_kl"] > 0 and f"{metrics[-1]['test_kl']:.4f} ± " in table
+    before = (tmp_path / "sine-ml" / "checkpoint.pt").read_bytes()
+    main([*everything, "--resume"])  # done: nothing is trained again
+    assert (tmp_path / "sine-ml" / "checkpoint.pt").read_bytes() == before
+
+
+def test_a_run_that_is_stopped_and_resumed_ends_exactly_like_an_undisturbed_one(tmp_path, monkeypatch):
+    main(arguments(tmp_path / "whole"))
+    save, saved = run.Run.save, []
+
+    def stop_after_two(self, state):
+        save(self, state)
+        saved.append(state)
+        if len(saved) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(run.Run, "save", stop_after_two)
+    with pytest.raises(SystemExit) as exit:
+        main(arguments(tmp_path / "stopped"))
+    assert exit.value.code == 130 and len(rows(tmp_path / "stopped")) == 3
+    main(arguments(tmp_path / "stopped", "--resume"))
+    timing = ("seconds", "batches_per_second")
+    for a, b in zip(rows(tmp_path / "whole"), rows(tmp_path / "stopped"), strict=True):
+        assert {k: v for k, v in a.items() if k not in timing} == {k: v for k, v in b.items() if k not in timing}
+
+
+@pytest.mark.parametrize("loss", ["ml", "dsm"])
+def test_the_points_end_with_the_noise_of_the_toy_and_dsm_adds_it_itself(tmp_path, monkeypatch, loss):
+    """The minimiser of every objective is p: bare points with σ = 0.375 for dsm, points of p for the others."""
+    seen = []
+    step = training.objective
+    monkeypatch.setattr(training, "objective", lambda args, model, x: seen.append((args.sigma, x)) or step(args, model, x))
+    monkeypatch.setattr(Toy, "points", lambda self, n, device: torch.zeros(n, 2, device=device), raising=False)
+    monkeypatch.setattr(Toy, "__init__", without_points(Toy.__init__))
+    main(arguments(tmp_path, "--loss", loss, "--batch-size", "4000"))
+    sigmas = [sigma for sigma, _ in seen]
+    assert sigmas[0] == 2 and sigmas == sorted(sigmas, reverse=True) and sigmas[15:] == [Toy.smoothing] * 15
+    for sigma, x in seen:
+        assert x.std().item() == pytest.approx(0 if loss == "dsm" else sigma, rel=0.05)
+
+
+def without_points(init):
+    """Toys whose points are all at the origin, so that what is left of a batch is its noise."""
+    def patched(self, points, *args, **kwargs):
+        init(self, points, *args, **kwargs)
+        del self.points
+    return patched
+
+
+def test_errors_are_one_line(tmp_path, capsys):
+    main(arguments(tmp_path / "run", "--loss", "dsm"))
+    assert "--resume" in fails(capsys, *arguments(tmp_path / "run", "--loss", "dsm"))
+    assert "loss is dsm there and ml here" in fails(capsys, *arguments(tmp_path / "run", "--loss", "ml", "--resume"))
+    assert "data is swirl there and sine here" in fails(capsys, *arguments(tmp_path / "run", "--data", "sine", "--resume"))
+    assert "invalid choice: 'spiral'" in fails(capsys, "--data", "spiral")
+    assert "--xi is not a setting of ml" in fails(capsys, "--loss", "ml", "--xi", "0.1")
+    assert "0.375 at least" in fails(capsys, "--start-smoothing", "0.1")
+    assert "nothing to resume" in fails(capsys, *arguments(tmp_path / "none", "--resume"))
+    line = fails(capsys, *arguments(tmp_path / "diverged", "--lr", "1e30", "--warmup", "0"))
+    assert "epoch 1, step" in line and "lower --lr" in line
+
+
+@pytest.mark.parametrize("loss", DEFAULTS)
+def test_a_step_runs_on_the_meta_device(loss):
+    """Where there is no memory, a tensor made on another device shows."""
+    [args], _ = parse(["--loss", loss])
+    args.sigma = Toy.smoothing
+    flow = toy_flow(blocks=2, width=8).to("meta")
+    loss = training.objective(args, flow, torch.empty(16, 2, device="meta"))
+    assert loss.is_meta
+    loss.backward(inputs=training.trainable(flow))

@@ -1,0 +1,252 @@
+"""Training: one step of any objective, and the loop of epochs that evaluates, keeps the best and resumes."""
+
+import argparse
+import contextlib
+import copy
+import math
+import time
+
+import torch
+from tqdm import tqdm
+
+import losses
+from run import RunError
+
+
+def objective(args, model, x):
+    """The loss of one batch.   (B, *shape) -> ()"""
+    if args.loss == "ml":
+        return losses.ml(model.log_prob, x)
+    if args.loss == "sml":
+        return losses.sml(model.energy, x, model.sample(args.model_samples))
+    if args.loss == "ssm":
+        return losses.ssm(model.energy, x)
+    if args.loss == "dsm":
+        return losses.dsm(model.energy, x, args.sigma)
+    return losses.fdssm(model.energy, x, args.xi)
+
+
+def trainable(model):
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def make_optimizer(args, parameters):
+    if args.optimizer == "rmsprop":
+        return torch.optim.RMSprop(parameters, lr=args.lr)
+    return torch.optim.Adam(parameters, lr=args.lr, fused=True)
+
+
+def train_step(args, model, x, optimizer):
+    """One update of the parameters.   -> (2,): the loss and the norm of its gradient, still on the device"""
+    parameters = trainable(model)
+    loss = objective(args, model, x)
+    optimizer.zero_grad()
+    # `inputs`: the noisy image is a leaf as well, and would be given a gradient that nobody reads. `backward`, not
+    # `autograd.grad`: it lays the gradients out as the weights are, and fused Adam on a CPU takes that for granted.
+    loss.backward(inputs=parameters)
+    norm = torch.nn.utils.clip_grad_norm_(parameters, args.clip or math.inf)
+    optimizer.step()
+    return torch.stack([loss.detach(), norm])
+
+
+class MovingAverage:
+    """θ̃ ← mθ̃ + (1-m)θ after each step (the paper's EMA), over the parameters that are trained.
+
+    In the first steps m is (1+n)/(10+n), so that θ̃ soon forgets where it started. The count is kept on the host:
+    torch's AveragedModel keeps it on the device, and a GPU would have to be waited for at every step.
+    """
+
+    def __init__(self, model, m):
+        self.model = copy.deepcopy(model)
+        self.m, self.n = m, 0
+        self.averages, self.parameters = trainable(self.model), trainable(model)
+
+    @torch.no_grad()
+    def update(self):
+        m = min(self.m, (1 + self.n) / (10 + self.n)) if self.n else 0.0
+        torch._foreach_lerp_(self.averages, self.parameters, 1 - m)
+        self.n += 1
+
+    def state_dict(self):
+        return {"model": self.model.state_dict(), "n": self.n}
+
+    def load_state_dict(self, state):
+        self.model.load_state_dict(state["model"])
+        self.n = state["n"]
+
+
+@contextlib.contextmanager
+def fast_matmul():
+    """Lets a CPU multiply in bfloat16 where it has units for that (AMX). Where it has none the products stay
+    float32, but come from oneDNN instead of MKL, which is slow on AMD processors. For training only."""
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        torch.backends.mkldnn.matmul.fp32_precision = before
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The loop
+# ---------------------------------------------------------------------------------------------------------
+
+
+def fit(args, run, model, average, optimizer, seen, minibatches, steps, evaluate, context=contextlib.nullcontext):
+    """Trains to the last epoch, from the run's checkpoint on if it has one.   -> the state of the best epoch
+
+    seen         the model whose energy the objective sees: `model`, or the part of it after pre-processing
+    minibatches  (epoch) -> an iterator over the batches of an epoch, `steps` of them
+    evaluate     (model) -> a row of figures, among them "val_nll", which decides which epoch is kept
+    context      in which the steps are done, but not the evaluation, such as fast_matmul
+
+    Leaves in run.metrics a row for the start (epoch 0) and one for each epoch. Raises RunError where a loss, a
+    gradient or a figure is not finite, or a weight singular; it names the step.
+    """
+    evaluated = average.model if args.ema else model
+    parts = {"model": model, "average": average, "optimizer": optimizer}
+    if run.state:
+        for name, part in parts.items():
+            part.load_state_dict(run.state[name])
+        done, best, seconds = run.state["epoch"], run.state["best"], run.metrics[-1]["seconds"]
+    else:
+        done, best, seconds = 0, {"val_nll": math.inf}, 0.0
+        run.metrics.append({"epoch": 0, "step": 0, "loss": None, **checked(args, 0, evaluate, evaluated),
+                            "seconds": 0.0, "batches_per_second": None})  # what the start alone is worth
+    with tqdm(total=args.epochs * steps, initial=done * steps, unit=" batches", dynamic_ncols=True) as bar:
+        for epoch in range(done + 1, args.epochs + 1):
+            start = time.perf_counter()
+            bar.set_postfix(epoch=epoch, best_val_nll=f"{best['val_nll']:.4g}", refresh=False)
+            with context():
+                trace = train_epoch(args, epoch, seen, average, optimizer, minibatches, steps, bar)
+            rate = steps / (time.perf_counter() - start)
+            row = checked(args, epoch, evaluate, evaluated)
+            seconds += time.perf_counter() - start
+            run.metrics.append({"epoch": epoch, "step": epoch * steps, "loss": trace[:, 0].mean().item(),
+                                "grad_norm": trace[:, 1].mean().item(), **row,
+                                "seconds": seconds, "batches_per_second": rate})
+            if row["val_nll"] < best["val_nll"]:
+                best = {"epoch": epoch, "val_nll": row["val_nll"], "model": copy.deepcopy(evaluated.state_dict())}
+            run.save({name: part.state_dict() for name, part in parts.items()} | {"epoch": epoch, "best": best})
+    return best
+
+
+def train_epoch(args, epoch, seen, average, optimizer, minibatches, steps, bar):
+    """`steps` updates.   -> (steps, 2): loss and gradient norm of each
+
+    Every epoch starts its own random numbers, so that a resumed run has no generator to restore. The trace stays
+    on the device and is read every 50 steps: a GPU need not wait for the bar.
+    """
+    torch.manual_seed(1_000_003 * args.seed + epoch)
+    trace = torch.empty(steps, 2, device=next(seen.parameters()).device)
+    for step, x in enumerate(minibatches(epoch)):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(args, epoch, (epoch - 1 + step / steps) / args.epochs)
+        try:
+            trace[step] = train_step(args, seen, x, optimizer)
+        except torch.linalg.LinAlgError as error:  # of ml's determinants and sml's inverse
+            raise RunError(f"{error}, at epoch {epoch}, step {step + 1}: {remedy(args)}") from None
+        average.update()
+        if (step + 1) % 50 == 0 or step + 1 == steps:
+            check_finite(args, trace[:step + 1], epoch)
+            bar.update((epoch - 1) * steps + step + 1 - bar.n)
+    return trace
+
+
+def learning_rate(args, epoch, progress):
+    """The learning rate, by the epoch (from 1) and the fraction of the run: by time alone, nothing to resume."""
+    if args.schedule == "steps":  # as published: × 0.95 after each of the first 49 epochs
+        return args.lr * 0.95 ** min(epoch - 1, 49)
+    rise = min(1.0, progress / args.warmup) if args.warmup else 1.0
+    return args.lr * rise * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def check_finite(args, trace, epoch):
+    """Raises RunError at the first step of the epoch whose loss or gradient is not finite."""
+    bad = (~trace.isfinite().all(1)).nonzero()
+    if len(bad):
+        step = bad[0].item()
+        loss, norm = trace[step].tolist()
+        raise RunError(f"the loss is {loss:g} and the norm of its gradient {norm:g} at epoch {epoch}, step {step + 1}: "
+                       + remedy(args))
+
+
+def checked(args, epoch, evaluate, model):
+    """`evaluate`, but a figure that is not finite, or a singular weight, is a RunError that names the epoch."""
+    try:
+        row = evaluate(model)
+    except torch.linalg.LinAlgError as error:
+        raise RunError(f"{error}, after epoch {epoch}: {remedy(args)}") from None
+    if not math.isfinite(row["val_nll"]):
+        raise RunError(f"the validation NLL is {row['val_nll']} after epoch {epoch}: {remedy(args)}")
+    return row
+
+
+def remedy(args):
+    knob = {"dsm": ", raise --sigma", "fdssm": ", raise --xi"}.get(args.loss, "")
+    clip = f"lower --clip (it is {args.clip:g})" if args.clip else "set --clip"
+    return f"lower --lr (it is {args.lr:g}), {clip}{knob}; the last checkpoint that was written is kept"
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The command line
+# ---------------------------------------------------------------------------------------------------------
+
+
+CHOICES = {"optimizer": ["adam", "rmsprop"], "schedule": ["cosine", "steps"], "normalize": ["none", "center", "whiten"]}
+
+
+def pick_device(name):
+    """"auto" is a GPU if torch sees one. Raises RunError where there is none and it was asked for."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise RunError("torch sees no GPU: use --device cpu, or install a CUDA build of torch")
+    return torch.device(name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+
+
+def add_run_flags(parser):
+    """The flags of every training script."""
+    on_off = argparse.BooleanOptionalAction
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--ema", action=on_off, default=True, help="evaluate the moving average of the weights")
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    existing = parser.add_mutually_exclusive_group()
+    existing.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
+    existing.add_argument("--overwrite", action="store_true", help="replace the run in --out")
+
+
+def add_settings(parser, tables):
+    """A flag for every setting that stands in one of the tables, without a default."""
+    group = parser.add_argument_group("settings, by default those at the top of the script")
+    for name, value in {name: value for table in tables for name, value in table.items()}.items():
+        group.add_argument("--" + name.replace("_", "-"), type=type(value), choices=CHOICES.get(name))
+
+
+def with_settings(parser, args, tables, defaults, strict=True):
+    """The arguments with `defaults` where no flag was given.
+
+    A flag that is not in them is an error of the parser; without `strict` it is for another objective, and dropped.
+    """
+    args = copy.copy(args)
+    for name in {name for table in tables for name in table}:
+        if name not in defaults:
+            if strict and getattr(args, name) is not None:
+                parser.error(f"--{name.replace('_', '-')} is not a setting of {args.loss}")
+            delattr(args, name)
+        elif getattr(args, name) is None:
+            setattr(args, name, defaults[name])
+    check_range(parser, args)
+    return args
+
+
+def check_range(parser, args):
+    for name, value in vars(args).items():
+        flag = f"--{name.replace('_', '-')}"
+        if isinstance(value, float) and not math.isfinite(value):
+            parser.error(f"{flag} must be a finite number, not {value}")
+        if name in ("epochs", "steps", "batch_size", "lr", "s", "sigma", "xi", "model_samples", "blocks",
+                    "width", "anneal", "test_points") and not value > 0:
+            parser.error(f"{flag} must be positive, not {value}")
+        if name in ("warmup", "ema_decay") and not 0 <= value < 1:
+            parser.error(f"{flag} must lie in [0, 1), not {value}")
+        if name in ("clip", "seed") and not 0 <= value < 2**32:
+            parser.error(f"{flag} must lie in [0, 2³²), not {value}")
