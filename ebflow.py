@@ -158,7 +158,7 @@ def fc_flow(dim=784, alpha=0.3, diagonal=1.0, bias=0.0, bend=None):
                    FullyConnected(dim, diagonal, bias)], (dim,))
 
 
-def cnn_flow(shape=(1, 28, 28), kernel_size=7, blocks=3, alpha=0.3):
+def cnn_flow(shape=(1, 28, 28), kernel_size=7, blocks=3, alpha=0.3, diagonal=-1.0, bias=0.01, bend=None):
     """Two unconstrained convolutions in each block, a squeeze between the blocks: the paper's CNN.
 
     A smooth leaky ReLU follows every convolution but the last. H and W must divide by 2^(blocks - 1).
@@ -169,8 +169,8 @@ def cnn_flow(shape=(1, 28, 28), kernel_size=7, blocks=3, alpha=0.3):
             layers.append(Squeeze())
             channels *= 4
         for _ in range(2):
-            layers += [Convolution(channels, kernel_size, diagonal=-1.0, bias=0.01),
-                       SmoothLeakyReLU(alpha, residual=True)]
+            layers += [Convolution(channels, kernel_size, diagonal, bias),
+                       SmoothLeakyReLU(alpha, residual=True, bend=bend)]
     return EBFlow(layers[:-1], shape)
 
 

@@ -121,7 +121,7 @@ def test_printing_a_flow_tells_fixed_weights_from_trained_ones():
 
 def test_printing_a_flow_says_where_each_log_determinant_goes():
     lines = repr(cnn_flow((1, 28, 28))).splitlines()
-    assert lines[1].split() == ["0", "Convolution", "1×28×28", "yes", "50", "Z", "O(D³)"]
+    assert lines[1].split() == ["0", "Convolution", "1×28×28", "yes", "50", "Z", "O(k²CD²)"]
     assert lines[2].split() == ["1", "SmoothLeakyReLU", "1×28×28", "no", "0", "E", "O(D)"]
     assert lines[-1].split() == ["total", "26,796"]  # the paper: 0.027 M
     assert repr(fc_flow(784)).splitlines()[-1].split() == ["total", "1,230,880"]  # the paper: 1.230 M
@@ -131,3 +131,26 @@ def test_printing_a_flow_says_where_each_log_determinant_goes():
 def test_the_examples_in_the_docstrings_run(module):
     result = doctest.testmod(module, extraglobs={"torch": torch})
     assert result.attempted > 0 and result.failed == 0
+
+
+@pytest.mark.parametrize("channels, kernel_size, H, W", [(1, 7, 9, 5), (2, 3, 4, 3), (3, 5, 4, 6), (2, 1, 3, 2), (4, 7, 2, 2)])
+def test_a_convolution_is_a_product_with_its_matrix_and_the_elimination_by_rows_gives_its_determinant(
+        channels, kernel_size, H, W):
+    layer = Convolution(channels, kernel_size, diagonal=1.5, bias=0.2).double()
+    torch.nn.init.normal_(layer.weight, std=0.3)
+    x = torch.randn(4, channels, H, W, dtype=torch.float64)
+    convolved = torch.nn.functional.conv2d(x, layer.weight, layer.bias, padding="same")
+    torch.testing.assert_close(layer(x), convolved)
+    layer.dense = 0  # as for a large image
+    torch.testing.assert_close(layer(x), convolved)
+    torch.testing.assert_close(layer.log_abs_det((channels, H, W)),
+                               torch.linalg.slogdet(layer.matrix((channels, H, W), torch.float64)).logabsdet)
+
+
+def test_a_convolution_whose_first_rows_alone_are_singular_still_has_its_determinant():
+    """y_i = x_{i-1} + x_{i+1}: of one row alone nothing is left, of an even number of rows all is."""
+    layer = Convolution(1, 3)
+    with torch.no_grad():
+        layer.weight.copy_(torch.tensor([[0.0, 1, 0], [0, 0, 0], [0, 1, 0]]))
+    assert layer.log_abs_det((1, 4, 2)).item() == pytest.approx(0)
+    assert layer.log_abs_det((1, 3, 2)).item() == -torch.inf
