@@ -137,10 +137,11 @@ class Convolution(LinearLayer):
         r = max(self.weight.shape[-1] // 2, 1)
         M = self.matrix((C, 2 * r, W), torch.float64).view(C, 2, r, W, C, 2, r, W)
         (A, U), (L, _) = M.permute(1, 5, 2, 0, 3, 6, 4, 7).reshape(2, 2, r * C * W, r * C * W)
-        log_abs_det = 0.0
-        for first in range(0, H, r):
+        S = A[:C * W * min(r, H), :C * W * min(r, H)]
+        log_abs_det = torch.linalg.slogdet(S).logabsdet
+        for first in range(r, H, r):
             n = C * W * min(r, H - first)
-            S = A[:n, :n] - L[:n] @ torch.linalg.solve_ex(S, U[:, :n]).result if first else A[:n, :n]
+            S = A[:n, :n] - L[:n] @ torch.linalg.solve_ex(S, U[:, :n]).result
             log_abs_det = log_abs_det + torch.linalg.slogdet(S).logabsdet
         if not (log_abs_det.is_meta or log_abs_det.isfinite()):
             return torch.linalg.slogdet(self.matrix(shape, torch.float64)).logabsdet

@@ -51,16 +51,8 @@ class Run:
             if not (self.directory / "config.json").exists():
                 raise RunError(f"nothing to resume: there is no {path}; start the run without --resume")
             return  # killed before its first checkpoint: it goes on at the beginning
-        try:
-            with zipfile.ZipFile(path) as archive:
-                if archive.testzip() is not None:  # checksums, which torch.load does not look at
-                    raise zipfile.BadZipFile
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)  # data only, never code
-            config, self.state, self.metrics = (checkpoint[k] for k in ("config", "state", "metrics"))
-        except OSError as error:
-            raise RunError(f"cannot read {path}: {error}") from None
-        except Exception as error:  # torch raises many kinds for a damaged file
-            raise RunError(f"{path} is damaged ({type(error).__name__}): delete it and start anew with --overwrite") from None
+        checkpoint = read_checkpoint(path)
+        config, self.state, self.metrics = (checkpoint[k] for k in ("config", "state", "metrics"))
         different = [f"{k} is {config.get(k)} there and {self.config.get(k)} here"
                      for k in sorted({*config, *self.config}) if config.get(k) != self.config.get(k)]
         if different:
@@ -83,6 +75,20 @@ class Run:
     def picture(self, name, figure):
         with whole(self.directory / name) as file:
             figure.savefig(file, format="png", dpi=150)
+
+
+def read_checkpoint(path):
+    """What `Run.save` wrote: a dict of config, state and metrics. Raises RunError where the file is missing or damaged."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if archive.testzip() is not None:  # checksums, which torch.load does not look at
+                raise zipfile.BadZipFile
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)  # data only, never code
+        return {name: checkpoint[name] for name in ("config", "state", "metrics")}
+    except OSError as error:
+        raise RunError(f"cannot read {path}: {error}") from None
+    except Exception as error:  # torch raises many kinds for a damaged file
+        raise RunError(f"{path} is damaged ({type(error).__name__}): delete it and start anew with --overwrite") from None
 
 
 @contextlib.contextmanager

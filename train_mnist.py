@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from data import DataError, dequantize, mnist
 from ebflow import EBFlow, fc_flow, logit_preprocessing
 from layers import FullyConnected
-from run import Run, RunError, curves, one_line_errors
+from run import Run, RunError, curves, one_line_errors, read_checkpoint
 from training import (MovingAverage, add_run_flags, add_settings, fast_matmul, fit, make_optimizer, pick_device,
                       trainable, with_settings)
 
@@ -136,6 +136,18 @@ def train(args):
     run.picture("curves.png", curves(run.metrics, args.loss))
     run.picture("samples.png", samples(image_model, splits[0].shape[1:]))
     print(summary(run.metrics, best, run.directory))
+
+
+def load(directory, images):
+    """A finished run on these training images.   -> its settings, and pre-processing, flow and flow of images with the weights that were kept
+
+    Raises RunError where there is no whole checkpoint.
+    """
+    checkpoint = read_checkpoint(Path(directory) / "checkpoint.pt")
+    args = argparse.Namespace(**checkpoint["config"])
+    parts = build(args, images)
+    parts[-1].load_state_dict(checkpoint["state"]["best"]["model"])  # of which the other two are parts
+    return args, *parts
 
 
 def likelihood(split, nll, shape):

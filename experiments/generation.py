@@ -1,0 +1,66 @@
+"""Generates digits by Langevin dynamics on a trained energy, from noise, beside draws by the inverse of the flow.
+
+    python train_mnist.py --loss ml
+    python -m experiments.generation --run runs/mnist-fc-ml
+
+The chains run where the objective was applied, on the pre-processed images, and never see a determinant: an energy is
+enough. Each row is one chain: noise, then its state after 10, 100, 1,000 … Metropolis-adjusted steps; the last columns are
+exact draws x = g⁻¹(u). Writes results/generation.png and prints step size, acceptance and the energy along the way.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from matplotlib.figure import Figure
+
+from data import mnist
+from run import one_line_errors
+from sampling import SamplingError, mala, tune
+from train_mnist import load, parse
+
+
+def experiment(a):
+    train_set = mnist(a.data)[0]
+    args, pre, flow, image_model = load(a.run, train_set)
+    torch.manual_seed(a.seed)
+    x = torch.randn(a.chains, *flow.shape)
+    moments, columns, done, step_size = [10**k for k in range(1, 10) if 10**k < a.steps] + [a.steps], [x], 0, 1e-3
+    print(f"step {0:>8}  energy {flow.energy(x).mean():10.1f}")
+    for step in moments:
+        half = (step - done) // 2  # the step size is sought in the first half of each stretch, and kept in the other
+        x, step_size = tune(flow.energy, x, half, float(step_size))
+        x, report = mala(flow.energy, x, step - done - half, step_size.item())
+        columns.append(x)
+        done = step
+        print(f"step {step:8}  energy {flow.energy(x).mean():10.1f}  {report}")
+    exact = image_model.sample(4 * a.chains)
+    with torch.no_grad():
+        print(f"draws by g⁻¹   energy {flow.energy(pre(exact.clamp(0, 256))).mean():10.1f}")
+    pictures = [pre.inverse(z).detach() for z in columns] + list(exact.chunk(4))
+    titles = ["noise", *(f"{step:,} steps" for step in moments), *["g⁻¹(u)"] * 4]
+    figure = Figure(figsize=(len(titles) * 0.95, a.chains), layout="constrained")
+    for i, (axes_column, title, images) in enumerate(zip(figure.subplots(a.chains, len(titles)).T, titles, pictures)):
+        for axes, image in zip(axes_column, images):
+            axes.imshow(image.view(28, 28).clamp(0, 256).numpy(), cmap="gray", vmin=0, vmax=256)
+            axes.axis("off")
+        axes_column[0].set_title(title, fontsize="x-small")
+    a.results.mkdir(exist_ok=True)
+    figure.savefig(a.results / "generation.png", dpi=130)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--run", type=Path, default=Path("runs/mnist-fc-ml"), help="directory of a trained model")
+    parser.add_argument("--data", type=Path, default=parse([]).data)
+    parser.add_argument("--chains", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=10_000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--results", type=Path, default=Path("results"))
+    a = parser.parse_args()
+    with one_line_errors(SamplingError, ValueError):
+        experiment(a)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,104 @@
+"""Fills in what is missing of MNIST's digits with a trained energy, by Langevin dynamics on the missing pixels.
+
+    python train_mnist.py --loss ml
+    python -m experiments.imputation --run runs/mnist-fc-ml
+
+Missing is the lower half, or each pixel with probability ½, or the shape of another digit. The chains run on the logits of
+the pixels (a pixel that is observed there is observed in the image), with Metropolis correction, from noise. Each of
+`--draws` chains per digit ends in one completion; their mean is the best guess in the sense of squared error.
+
+Writes results/imputation.png and results/imputation.json: the root-mean-square error over the missing pixels (of 0 to 1)
+of a draw and of the mean of the draws, beside filling with the mean of the training images.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from matplotlib.figure import Figure
+
+from data import dequantize, mnist
+from ebflow import EBFlow
+from run import one_line_errors
+from sampling import SamplingError, impute, tune
+from train_mnist import load, parse
+
+
+def masks(images):
+    """What is missing.   uint8 (n, 784) -> {name: bool (n, 784)}"""
+    n, D = images.shape
+    return {"lower half": (torch.arange(D) >= D // 2).expand(n, D),
+            "random pixels": torch.rand(n, D) < 0.5,
+            "another digit's shape": images.roll(1, dims=0) > 127}
+
+
+def complete(model, z, mask, draws, steps):
+    """Draws of the missing coordinates given the others.   (n, D), (n, D) -> (draws, n, D)
+
+    Burn-in lets the step size find its acceptance; what is drawn after it has a fixed one.
+    """
+    z, mask = z.repeat(draws, 1), mask.repeat(draws, 1)
+    start = torch.where(mask, torch.randn_like(z), z)
+    z, step_size = tune(model.energy, start, steps, step_size=1e-3, where=mask)
+    z, report = impute(model.energy, z, mask, steps, step_size.item(), adjusted=True, start=z)
+    print(report)
+    return z.unflatten(0, (draws, -1))
+
+
+def rmse(image, truth, mask):
+    """Over the missing pixels, in units of the range of a pixel."""
+    return ((image - truth)[..., mask].square().mean().sqrt() / 256).item()
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--run", type=Path, default=Path("runs/mnist-fc-ml"), help="directory of a trained model")
+    parser.add_argument("--data", type=Path, default=parse([]).data)
+    parser.add_argument("--digits", type=int, default=64, help="test images that the error is measured on")
+    parser.add_argument("--draws", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=1000, help="of burn-in, and again as many after it")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--results", type=Path, default=Path("results"))
+    a = parser.parse_args()
+    with one_line_errors(SamplingError, ValueError):
+        experiment(a)
+
+
+def experiment(a):
+    train_set, _, test_set = mnist(a.data)
+    args, pre, flow, _ = load(a.run, train_set)
+    # The first three layers act on each pixel alone; whitening, if any, does not, and belongs to the model here.
+    pixelwise, model = EBFlow(pre.layers[:3], pre.shape), EBFlow([*pre.layers[3:], *flow.layers], pre.shape)
+    torch.manual_seed(a.seed)
+    images = test_set[:a.digits].flatten(1)
+    mean = train_set.flatten(1).double().mean(0).float()
+    with torch.no_grad():
+        x = dequantize(images)
+        z = pixelwise(x)
+    table, rows = {}, []
+    for name, mask in masks(images).items():
+        draws = pixelwise.inverse(complete(model, z, mask, a.draws, a.steps)).detach()
+        guess = draws.mean(0)
+        table[name] = {"one draw": rmse(draws, x, mask), "mean of draws": rmse(guess, x, mask),
+                       "training mean": rmse(mean.expand_as(x), x, mask)}
+        seen = torch.where(mask, 128.0, x)  # grey is missing
+        rows += [("truth", x), (name, seen), ("one draw", draws[0]), ("mean of draws", guess)]
+    figure = Figure(figsize=(8, 8.6), layout="constrained")
+    for axes, (name, pictures) in zip(figure.subplots(len(rows), 1), rows):
+        strip = pictures[:16].view(-1, 28, 28).permute(1, 0, 2).flatten(1)
+        axes.imshow(strip.clamp(0, 256).numpy(), cmap="gray", vmin=0, vmax=256)
+        axes.set(xticks=[], yticks=[])
+        axes.set_ylabel(name, rotation=0, ha="right", va="center", fontsize="small")
+    a.results.mkdir(exist_ok=True)
+    figure.savefig(a.results / "imputation.png", dpi=130)
+    result = {"loss": args.loss, "arch": args.arch, "rmse": table, "digits": a.digits, "draws": a.draws, "steps": a.steps,
+              "seed": a.seed, "command": f"python -m experiments.imputation --run {a.run}"}
+    (a.results / "imputation.json").write_text(json.dumps(result, indent=2) + "\n")
+    print(f"{'missing':24}" + "".join(f"{name:>16}" for name in next(iter(table.values()))))
+    for name, errors in table.items():
+        print(f"{name:24}" + "".join(f"{error:16.4f}" for error in errors.values()))
+
+
+if __name__ == "__main__":
+    main()
