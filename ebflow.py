@@ -177,8 +177,8 @@ def cnn_flow(shape=(1, 28, 28), kernel_size=7, blocks=3, alpha=0.3, diagonal=-1.
 def toy_flow(dim=2, blocks=10, width=64):
     """Blocks of (fully-connected, affine coupling, actnorm) and a last fully-connected: the paper's toys."""
     def network(n_in, n_out):
-        return nn.Sequential(nn.Linear(n_in, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(),
-                             nn.Linear(width, n_out))
+        return nn.Sequential(nn.Linear(n_in, width), nn.Tanh(), nn.Linear(width, width), nn.Tanh(),
+                             nn.Linear(width, n_out))  # bounded: far from the data the flow is affine
 
     half, rest = dim - dim // 2, dim // 2  # the halves of tensor_split
     layers = []

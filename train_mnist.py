@@ -16,7 +16,7 @@ import torch
 from matplotlib.figure import Figure
 
 from data import DataError, dequantize, mnist
-from ebflow import EBFlow, fc_flow, logit_preprocessing
+from ebflow import EBFlow, cnn_flow, fc_flow, logit_preprocessing
 from layers import FullyConnected
 from run import Run, RunError, curves, one_line_errors, read_checkpoint
 from training import (MovingAverage, add_run_flags, add_settings, fast_matmul, fit, make_optimizer, pick_device,
@@ -28,31 +28,51 @@ COMMON = dict(
     batch_size=100,
     optimizer="adam",
     lr=1e-4,             # at its peak
-    schedule="cosine",   # rises over the first `warmup` of the run, then falls to 0; or the published "steps"
+    schedule="cosine",   # rises over the first `warmup` of the run, then falls to 0; or the published "steps",
     warmup=0.05,
+    decay=0.95,          # × this after each of the first 49 epochs
     ema_decay=0.999,     # θ̃ ← mθ̃ + (1-m)θ after each step
     clip=0.0,            # largest norm of the gradient; 0: any
     s=1.0,               # the flow's datum is z = logit(x / 256) / s, which is then
-    normalize="center",  # left ("none"), centred ("center"), or given covariance I ("whiten", where s drops out)
+    normalize="center",  # left ("none"), centred ("center"), given variance 1 ("scale") or covariance I ("whiten")
     diagonal=1.0,        # initial weights: diagonal · I
     bias=0.0,            # initial biases
     bend=1.5,            # where the activation bends (see SmoothLeakyReLU)
 )
+LOSSES = ["ml", "sml", "ssm", "dsm", "fdssm"]
 DEFAULTS = {
-    "ml": COMMON | dict(lr=6e-3, batch_size=200, epochs=40, bend=0.0),
-    "sml": COMMON | dict(lr=3e-3, batch_size=200, epochs=25, bend=0.0, model_samples=400),
-    "ssm": COMMON | dict(epochs=10, normalize="whiten"),
-    "dsm": COMMON | dict(sigma=0.4),
-    "fdssm": COMMON | dict(batch_size=500, epochs=40, normalize="whiten", xi=1.0),
+    "fc": {
+        "ml": COMMON | dict(lr=6e-3, batch_size=200, epochs=40, bend=0.0),
+        "sml": COMMON | dict(lr=3e-3, batch_size=200, epochs=25, bend=0.0, model_samples=400),
+        "ssm": COMMON | dict(epochs=10, normalize="whiten"),
+        "dsm": COMMON | dict(sigma=0.4),
+        "fdssm": COMMON | dict(batch_size=500, epochs=40, normalize="whiten", xi=1.0),
+    },
 }
-PUBLISHED = COMMON | dict(epochs=50, optimizer="rmsprop", lr=1e-4, schedule="steps", s=0.5, normalize="none",
-                          diagonal=-1.0, bias=1.0, bend=None)
+CONVOLUTIONAL = COMMON | dict(epochs=5, normalize="scale", diagonal=0.6, bend=1.0)
+DEFAULTS["cnn"] = {
+    "ml": CONVOLUTIONAL | dict(lr=1e-2),
+    "sml": CONVOLUTIONAL | dict(lr=1e-2, model_samples=100),
+    "ssm": CONVOLUTIONAL | dict(epochs=1, normalize="center", diagonal=-0.6),
+    "dsm": CONVOLUTIONAL | dict(epochs=1, normalize="center", diagonal=-0.6, sigma=0.4),
+    "fdssm": CONVOLUTIONAL | dict(epochs=1, normalize="center", diagonal=-0.6, xi=1.0),
+}
+PUBLISHED = COMMON | dict(epochs=50, optimizer="rmsprop", lr=1e-4, schedule="steps", normalize="none", diagonal=-1.0, bend=None)
 PAPER = {
-    "ml": PUBLISHED,
-    "sml": PUBLISHED | dict(model_samples=100),
-    "ssm": PUBLISHED,
-    "dsm": PUBLISHED | dict(sigma=1.0),
-    "fdssm": PUBLISHED | dict(xi=1.0, clip=5.0),
+    "fc": {
+        "ml": PUBLISHED | dict(s=0.5, bias=1.0),
+        "sml": PUBLISHED | dict(s=0.5, bias=1.0, model_samples=100),
+        "ssm": PUBLISHED | dict(s=0.5, bias=1.0),
+        "dsm": PUBLISHED | dict(s=0.5, bias=1.0, sigma=1.0),
+        "fdssm": PUBLISHED | dict(s=0.5, bias=1.0, xi=1.0, clip=5.0),
+    },
+    "cnn": {
+        "ml": PUBLISHED | dict(s=0.75, bias=0.01, decay=0.925),
+        "sml": PUBLISHED | dict(s=0.75, bias=0.01, decay=0.925, model_samples=100),
+        "ssm": PUBLISHED | dict(s=0.75, bias=0.01),
+        "dsm": PUBLISHED | dict(s=0.75, bias=0.01, sigma=0.1),
+        "fdssm": PUBLISHED | dict(s=0.75, bias=0.01, xi=0.1, clip=5.0),
+    },
 }
 
 
@@ -63,11 +83,12 @@ def build(args, images):
     Its constants are measured on the training images. Whitening is one more matrix, but not one more layer of
     the model: W₁ times it is another W₁, so that the family of densities is the same with and without it.
     """
-    shape = (images[0].numel(),)
+    shape = (images[0].numel(),) if args.arch == "fc" else tuple(images.shape[1:])
     pre = logit_preprocessing(shape, args.s)
     if args.normalize != "none":
         mean, covariance = moments(pre, images)
-        pre = logit_preprocessing(shape, args.s, mean=args.s * mean)
+        std = covariance.diag().sqrt().view(shape) if args.normalize == "scale" else 1.0
+        pre = logit_preprocessing(shape, args.s * std, mean=args.s * mean.view(shape))
     if args.normalize == "whiten":
         variances, U = torch.linalg.eigh(covariance)
         if variances[0] < 1e-10 * variances[-1]:
@@ -76,15 +97,19 @@ def build(args, images):
         whitening = FullyConnected(*shape).requires_grad_(False)
         whitening.weight.copy_(U @ (variances.rsqrt()[:, None] * U.T))  # symmetric: pixels stay pixels
         pre = EBFlow([*pre.layers, whitening], shape)
-    flow = fc_flow(*shape, diagonal=args.diagonal, bias=args.bias, bend=args.bend)
+    architecture = {"fc": lambda start: fc_flow(*shape, **start), "cnn": lambda start: cnn_flow(shape, **start)}
+    try:
+        flow = architecture[args.arch](dict(diagonal=args.diagonal, bias=args.bias, bend=args.bend))
+    except ValueError as error:  # an image that does not squeeze
+        raise RunError(f"--arch {args.arch} cannot take images of {images.shape[-2]}×{images.shape[-1]}: {error}") from None
     return pre, flow, EBFlow([*pre.layers, *flow.layers], shape)
 
 
 def moments(transformation, images):
     """Mean and covariance of the transformed images, in float64.   uint8 (n, …) -> (D,), (D, D)"""
     first, second = 0.0, 0.0
-    for batch in images.flatten(1).split(1000):
-        z = transformation(dequantize(batch)).double()
+    for batch in images.split(1000):
+        z = transformation(dequantize(batch).view(-1, *transformation.shape)).flatten(1).double()
         first, second = first + z.sum(0), second + z.T @ z
     mean = first / len(images)
     return mean, second / len(images) - mean.outer(mean)
@@ -187,16 +212,19 @@ def configuration(args, splits):
 def parse(argv=None):
     parser = argparse.ArgumentParser(description="Train an energy-based flow on images in MNIST's format.")
     on_off = argparse.BooleanOptionalAction
-    parser.add_argument("--loss", choices=DEFAULTS, default="dsm")
-    parser.add_argument("--arch", choices=["fc"], default="fc")
+    parser.add_argument("--loss", choices=LOSSES, default="dsm")
+    parser.add_argument("--arch", choices=list(DEFAULTS), default="fc")
     parser.add_argument("--paper", action="store_true", help="the published settings instead of the tuned ones")
     parser.add_argument("--map", action=on_off, default=True, help="match after pre-processing")
     parser.add_argument("--data", default=Path(__file__).parent / "mnist", type=Path, help="directory of the IDX files")
     parser.add_argument("--out", type=Path, help="directory of the run (runs/mnist-ARCH-LOSS)")
     add_run_flags(parser)
-    add_settings(parser, DEFAULTS.values())
+    tables = list(DEFAULTS["fc"].values())
+    add_settings(parser, tables)
     args = parser.parse_args(argv)
-    args = with_settings(parser, args, DEFAULTS.values(), (PAPER if args.paper else DEFAULTS)[args.loss])
+    args = with_settings(parser, args, tables, (PAPER if args.paper else DEFAULTS)[args.arch][args.loss])
+    if args.arch != "fc" and args.normalize == "whiten":
+        parser.error("--normalize whiten mixes all pixels, which only the first matrix of --arch fc can take in")
     if args.out is None:
         args.out = Path("runs") / f"mnist-{args.arch}-{args.loss}"
     return args

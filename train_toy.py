@@ -30,22 +30,24 @@ COMMON = dict(
     batch_size=512,      # fresh points in every step
     optimizer="adam",
     lr=3e-3,             # at its peak
-    schedule="cosine",   # rises over the first `warmup` of the run, then falls to 0
+    schedule="cosine",   # rises over the first `warmup` of the run, then falls to 0; or "steps",
     warmup=0.05,
+    decay=0.95,          # × this after each epoch
     ema_decay=0.999,     # θ̃ ← mθ̃ + (1-m)θ after each step
     clip=0.0,            # largest norm of the gradient; 0: any
     blocks=10,           # of the flow
     width=64,            # of the couplings' networks
-    start_smoothing=2.0,  # the points are smoothed by more at first, and by the toy's own 0.375 from the time when
-    anneal=0.5,          # this fraction of the run is over (see `smoothing`)
+    start_smoothing=Toy.smoothing,  # the points are smoothed by so much at first, and by the toy's own 0.375 when
+    anneal=0.85,         # this fraction of the run is over (see `smoothing`)
     test_points=20_000,
 )
+SCORE_MATCHING = COMMON | dict(start_smoothing=6.0)
 DEFAULTS = {
     "ml": COMMON,
-    "sml": COMMON | dict(model_samples=512),
-    "ssm": COMMON,
-    "dsm": COMMON,
-    "fdssm": COMMON | dict(xi=0.2),
+    "sml": COMMON | dict(epochs=40, model_samples=512),
+    "ssm": SCORE_MATCHING,
+    "dsm": SCORE_MATCHING,
+    "fdssm": SCORE_MATCHING | dict(epochs=40, xi=0.2),
 }
 
 
@@ -55,7 +57,7 @@ def train(args):
     toy = TOYS[args.data]()
     torch.manual_seed(args.seed)
     flow = toy_flow(blocks=args.blocks, width=args.width).to(device)
-    flow.initialize(toy.sample(2000, device))
+    flow.initialize(toy.sample(2000, device, args.start_smoothing))
     run = Run(args.out, configuration(args), args.resume, args.overwrite)
     val, test = (truth(toy, n, seed, device) for n, seed in ((args.test_points // 4, -1), (args.test_points, -2)))
 
@@ -79,8 +81,9 @@ def train(args):
 def smoothing(args, progress):
     """The standard deviation of the noise on the points, by the fraction of the run: falls geometrically to the toy's.
 
-    A flow may leave a spurious mode where there are no points. Likelihood sees its mass; the score does not, on which
-    score matching alone depends, since it is right wherever there are points. Wide noise first sends points everywhere.
+    Score matching compares scores where the points are, and elsewhere sees nothing: a model may have nearly all of its
+    mass out there and a small Fisher divergence. So it starts where it cannot be wrong, from points under so much
+    noise that they are nearly Gaussian, as the flow is at its start, and follows them as the noise falls.
     """
     return Toy.smoothing * (args.start_smoothing / Toy.smoothing) ** max(0.0, 1 - progress / args.anneal)
 

@@ -26,7 +26,7 @@ def main():
     table = {}
     figure = Figure(figsize=(7, 3.6), layout="constrained")
     axes = figure.subplots()
-    for loss in train_mnist.DEFAULTS:
+    for loss in train_mnist.LOSSES:
         directory = a.runs / f"mnist-fc-{loss}"
         resume = ["--resume"] if (directory / "config.json").exists() else []  # it refuses a run of other settings
         train_mnist.main(["--loss", loss, "--out", str(directory), *resume])

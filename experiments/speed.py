@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from data import mnist
-from train_mnist import DEFAULTS, build, minibatch, parse
+from train_mnist import LOSSES, build, minibatch, parse
 from training import MovingAverage, fast_matmul, make_optimizer, train_step, trainable
 
 
@@ -74,7 +74,7 @@ def main():
     images = mnist(parse([]).data)[0]
     D = images[0].numel()
     x, W = torch.randn(a.batch_size, D, device=device), torch.randn(D, D, device=device)
-    steps = {loss: training_step(loss, images, a.batch_size, device) for loss in DEFAULTS}
+    steps = {loss: training_step(loss, images, a.batch_size, device) for loss in LOSSES}
     times = {name: [] for name in ("product", *steps)}
     with fast_matmul():
         products = {}

@@ -19,7 +19,7 @@ from training import MovingAverage, learning_rate
 from test_data import small_data_set
 import losses
 import training
-from train_mnist import DEFAULTS, build, evaluate, main, parse
+from train_mnist import DEFAULTS, LOSSES, build, evaluate, load, main, parse
 
 ROOT = Path(__file__).parent.parent
 
@@ -58,7 +58,7 @@ def rows(out):
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("loss", DEFAULTS)
+@pytest.mark.parametrize("loss", LOSSES)
 def test_a_run_of_every_objective_leaves_its_files_and_improves(data, tmp_path, loss, capsys):
     main(arguments(data, tmp_path, "--loss", loss, "--epochs", "8"))
     assert {p.name for p in tmp_path.iterdir()} == {"checkpoint.pt", "config.json", "curves.png", "metrics.jsonl",
@@ -76,6 +76,23 @@ def test_a_run_of_every_objective_leaves_its_files_and_improves(data, tmp_path, 
     assert evaluate(model, splits[1].flatten(1)) == pytest.approx(best["val_nll"])
     assert evaluate(model, splits[2].flatten(1)) == pytest.approx(last["test_nll"])
     assert json.loads((tmp_path / "config.json").read_text())["loss"] == loss
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_convolutional_run_of_every_objective_leaves_its_files_and_improves(data, tmp_path, loss):
+    main(arguments(data, tmp_path, "--arch", "cnn", "--loss", loss, "--epochs", "4", "--lr", "1e-3"))
+    metrics = rows(tmp_path)
+    assert len(metrics) == 5 and (tmp_path / "samples.png").exists()
+    assert min(row["val_nll"] for row in metrics[1:]) < metrics[0]["val_nll"]
+    _, pre, flow, image_model = load(tmp_path, mnist(data)[0])  # what the experiments start from
+    assert evaluate(image_model, mnist(data)[2]) == pytest.approx(metrics[-1]["test_nll"])
+    assert torch.equal(flow(pre(torch.full((1, 1, 4, 4), 9.0))), image_model(torch.full((1, 1, 4, 4), 9.0)))
+
+
+def test_an_image_that_does_not_squeeze_is_one_line(tmp_path, capsys):
+    small_data_set(tmp_path, size=6)
+    assert "--arch cnn cannot take images of 6×6: cannot squeeze" in fails(capsys, *arguments(tmp_path, tmp_path / "run", "--arch", "cnn"))
+    assert "--normalize whiten mixes all pixels" in fails(capsys, "--arch", "cnn", "--normalize", "whiten")
 
 
 @pytest.mark.parametrize("flags", [["--no-map"], ["--no-ema"], ["--paper"], ["--normalize", "none"],
@@ -179,7 +196,7 @@ def test_resuming_nothing_is_an_error(data, tmp_path, capsys):
     assert "nothing to resume" in fails(capsys, *arguments(data, tmp_path / "none", "--resume"))
 
 
-@pytest.mark.parametrize("loss", DEFAULTS)
+@pytest.mark.parametrize("loss", LOSSES)
 def test_a_run_that_diverges_names_the_step_and_says_what_to_lower(data, tmp_path, capsys, loss):
     line = fails(capsys, *arguments(data, tmp_path, "--loss", loss, "--lr", "1e30", "--warmup", "0"))
     assert "epoch 1, step" in line and "lower --lr (it is 1e+30), set --clip" in line
@@ -269,6 +286,6 @@ def test_the_schedules():
 
 
 def test_the_defaults_of_a_flag_are_those_at_the_top_of_the_script():
-    for loss, settings in DEFAULTS.items():
+    for loss, settings in DEFAULTS["fc"].items():
         a = parse(["--loss", loss])
         assert {name: getattr(a, name) for name in settings} == settings
