@@ -40,7 +40,8 @@ class Run:
                 if not overwrite:
                     raise RunError(f"{self.directory} already holds a run: continue it with --resume, "
                                    "replace it with --overwrite, or name another --out")
-                for name in ("checkpoint.pt", "metrics.jsonl", "curves.png", "samples.png", "density.png"):
+                for name in ("checkpoint.pt", "metrics.jsonl", "curves.png", "samples.png", "density.png",
+                             "weights.png"):
                     (self.directory / name).unlink(missing_ok=True)
             self.write("config.json", (json.dumps(config, indent=2) + "\n").encode())
         except OSError as error:

@@ -155,8 +155,8 @@ def train_epoch(args, epoch, seen, average, optimizer, minibatches, steps, bar):
 
 def learning_rate(args, epoch, progress):
     """The learning rate, by the epoch (from 1) and the fraction of the run: by time alone, nothing to resume."""
-    if args.schedule == "steps":  # as published: × 0.95 after each of the first 49 epochs
-        return args.lr * 0.95 ** min(epoch - 1, 49)
+    if args.schedule == "steps":  # as published
+        return args.lr * args.decay ** min(epoch - 1, 49)
     rise = min(1.0, progress / args.warmup) if args.warmup else 1.0
     return args.lr * rise * 0.5 * (1 + math.cos(math.pi * progress))
 
@@ -193,7 +193,7 @@ def remedy(args):
 # ---------------------------------------------------------------------------------------------------------
 
 
-CHOICES = {"optimizer": ["adam", "rmsprop"], "schedule": ["cosine", "steps"], "normalize": ["none", "center", "whiten"]}
+CHOICES = {"optimizer": ["adam", "rmsprop"], "schedule": ["cosine", "steps"], "normalize": ["none", "center", "scale", "whiten"]}
 
 
 def pick_device(name):
@@ -244,9 +244,10 @@ def check_range(parser, args):
         if isinstance(value, float) and not math.isfinite(value):
             parser.error(f"{flag} must be a finite number, not {value}")
         if name in ("epochs", "steps", "batch_size", "lr", "s", "sigma", "xi", "model_samples", "blocks",
-                    "width", "anneal", "test_points") and not value > 0:
+                    "width", "anneal", "test_points", "chains", "local_steps", "step_size", "flow_lr", "energy_width",
+                    "mixing_rounds") and not value > 0:
             parser.error(f"{flag} must be positive, not {value}")
-        if name in ("warmup", "ema_decay") and not 0 <= value < 1:
+        if name in ("warmup", "ema_decay", "target") and not 0 <= value < 1:
             parser.error(f"{flag} must lie in [0, 1), not {value}")
-        if name in ("clip", "seed") and not 0 <= value < 2**32:
+        if name in ("clip", "seed", "start_steps") and not 0 <= value < 2**32:
             parser.error(f"{flag} must lie in [0, 2³²), not {value}")
