@@ -42,14 +42,14 @@ def experiment(a):
     figure = Figure(figsize=(len(titles) * 0.95, a.chains), layout="constrained")
     for i, (axes_column, title, images) in enumerate(zip(figure.subplots(a.chains, len(titles)).T, titles, pictures)):
         for axes, image in zip(axes_column, images):
-            axes.imshow(image.view(28, 28).clamp(0, 256).numpy(), cmap="gray", vmin=0, vmax=256)
+            axes.imshow(image.view(train_set.shape[-2:]).clamp(0, 256).numpy(), cmap="gray", vmin=0, vmax=256)
             axes.axis("off")
         axes_column[0].set_title(title, fontsize="x-small")
     a.results.mkdir(exist_ok=True)
     figure.savefig(a.results / "generation.png", dpi=130)
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--run", type=Path, default=Path("runs/mnist-fc-ml"), help="directory of a trained model")
     parser.add_argument("--data", type=Path, default=parse([]).data)
@@ -57,7 +57,7 @@ def main():
     parser.add_argument("--steps", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--results", type=Path, default=Path("results"))
-    a = parser.parse_args()
+    a = parser.parse_args(argv)
     with one_line_errors(SamplingError, ValueError):
         experiment(a)
 

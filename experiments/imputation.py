@@ -26,19 +26,19 @@ from train_mnist import load, parse
 
 
 def masks(images):
-    """What is missing.   uint8 (n, 784) -> {name: bool (n, 784)}"""
-    n, D = images.shape
-    return {"lower half": (torch.arange(D) >= D // 2).expand(n, D),
-            "random pixels": torch.rand(n, D) < 0.5,
+    """What is missing.   uint8 (n, …) -> {name: bool (n, …)}"""
+    D = images[0].numel()
+    return {"lower half": (torch.arange(D) >= D // 2).view(images.shape[1:]).expand_as(images),
+            "random pixels": torch.rand(images.shape) < 0.5,
             "another digit's shape": images.roll(1, dims=0) > 127}
 
 
 def complete(model, z, mask, draws, steps):
-    """Draws of the missing coordinates given the others.   (n, D), (n, D) -> (draws, n, D)
+    """Draws of the missing coordinates given the others.   (n, …), (n, …) -> (draws, n, …)
 
     Burn-in lets the step size find its acceptance; what is drawn after it has a fixed one.
     """
-    z, mask = z.repeat(draws, 1), mask.repeat(draws, 1)
+    z, mask = (t.repeat(draws, *[1] * (t.dim() - 1)) for t in (z, mask))
     start = torch.where(mask, torch.randn_like(z), z)
     z, step_size = tune(model.energy, start, steps, step_size=1e-3, where=mask)
     z, report = impute(model.energy, z, mask, steps, step_size.item(), adjusted=True, start=z)
@@ -51,7 +51,7 @@ def rmse(image, truth, mask):
     return ((image - truth)[..., mask].square().mean().sqrt() / 256).item()
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--run", type=Path, default=Path("runs/mnist-fc-ml"), help="directory of a trained model")
     parser.add_argument("--data", type=Path, default=parse([]).data)
@@ -60,7 +60,7 @@ def main():
     parser.add_argument("--steps", type=int, default=1000, help="of burn-in, and again as many after it")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--results", type=Path, default=Path("results"))
-    a = parser.parse_args()
+    a = parser.parse_args(argv)
     with one_line_errors(SamplingError, ValueError):
         experiment(a)
 
@@ -71,8 +71,8 @@ def experiment(a):
     # The first three layers act on each pixel alone; whitening, if any, does not, and belongs to the model here.
     pixelwise, model = EBFlow(pre.layers[:3], pre.shape), EBFlow([*pre.layers[3:], *flow.layers], pre.shape)
     torch.manual_seed(a.seed)
-    images = test_set[:a.digits].flatten(1)
-    mean = train_set.flatten(1).double().mean(0).float()
+    images = test_set[:a.digits].view(-1, *pre.shape)
+    mean = train_set.double().mean(0).float().view(pre.shape)
     with torch.no_grad():
         x = dequantize(images)
         z = pixelwise(x)
@@ -86,7 +86,7 @@ def experiment(a):
         rows += [("truth", x), (name, seen), ("one draw", draws[0]), ("mean of draws", guess)]
     figure = Figure(figsize=(8, 8.6), layout="constrained")
     for axes, (name, pictures) in zip(figure.subplots(len(rows), 1), rows):
-        strip = pictures[:16].view(-1, 28, 28).permute(1, 0, 2).flatten(1)
+        strip = pictures[:16].view(-1, *train_set.shape[-2:]).permute(1, 0, 2).flatten(1)
         axes.imshow(strip.clamp(0, 256).numpy(), cmap="gray", vmin=0, vmax=256)
         axes.set(xticks=[], yticks=[])
         axes.set_ylabel(name, rotation=0, ha="right", va="center", fontsize="small")

@@ -35,9 +35,8 @@ DIM = 10
 LAYERS = {"full": [None], "lower": [torch.tril], "upper": [torch.triu], "upper × lower": [torch.tril, torch.triu]}
 
 
-def sample(n):
-    """n draws of the density.   -> (n, 10)"""
-    noise = torch.randn(n, DIM)
+def data(noise):
+    """Standard normal draws n to draws y of the density.   (B, 10) -> (B, 10)"""
     y = [noise[:, 0]]
     for i in range(2, DIM + 1):
         y.append(torch.tanh(5 * noise[:, i - 1]) * (y[-1] + 2 * 2**i))
@@ -53,7 +52,7 @@ def entropy(n=1_000_000):
     t, weights = gauss_legendre(2000, -10, 10)
     log_cosh = 5 * t.abs() + torch.log1p(torch.exp(-10 * t.abs())) - math.log(2)
     log_sech2 = -2 * (weights * torch.exp(-t.square() / 2) / math.sqrt(2 * math.pi) * log_cosh).sum()
-    scales = sample(n)[:, :-1] + 2 * 2.0 ** torch.arange(2, DIM + 1)
+    scales = data(torch.randn(n, DIM))[:, :-1] + 2 * 2.0 ** torch.arange(2, DIM + 1)
     mean = scales.abs().log().sum(1)  # (n,)
     h = DIM / 2 * math.log(2 * math.pi * math.e) + (DIM - 1) * (math.log(5) + log_sech2) + mean.mean()
     return h.item(), (mean.std() / n**0.5).item()
@@ -89,7 +88,7 @@ def fit(masks, steps, batch_size, lr, seed, every, label):
     """Maximum likelihood.   -> NLL of fresh draws after every `every` steps"""
     torch.manual_seed(seed)
     flow = masked_flow(masks)
-    test = sample(20_000)
+    test = data(torch.randn(20_000, DIM))
     flow.initialize(test)
     optimizer = torch.optim.Adam(flow.parameters(), lr=lr)
     nlls = []
@@ -102,19 +101,19 @@ def fit(masks, steps, batch_size, lr, seed, every, label):
             for group in optimizer.param_groups:
                 group["lr"] = lr * 0.5 * (1 + math.cos(math.pi * step / steps))
             optimizer.zero_grad()
-            losses.ml(flow.log_prob, sample(batch_size)).backward()
+            losses.ml(flow.log_prob, data(torch.randn(batch_size, DIM))).backward()
             optimizer.step()
     return nlls
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=10_000)
+    parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--batch-size", type=int, default=512)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--results", type=Path, default=Path("results"))
-    a = parser.parse_args()
+    a = parser.parse_args(argv)
     torch.set_default_dtype(torch.float64)  # in float32 tanh is exactly ±1 for 7 % of the draws
     torch.manual_seed(0)
     floor, error = entropy()

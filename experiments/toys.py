@@ -1,0 +1,61 @@
+"""The toys' grid and table: five objectives on three densities, several seeds, measured against the truth.
+
+    python -m experiments.toys
+
+Trains what is missing under runs/, as `python train_toy.py --data all --loss all --seed SEED` does; a run that was stopped
+goes on. Writes results/toys.png (of seed 0) and results/toys.json, and prints the rows of the README: mean and, from two
+seeds on, the half-width of the 95 % interval of the mean (Student's t).
+"""
+
+import argparse
+import json
+import math
+import platform
+import shutil
+import statistics
+from pathlib import Path
+
+import torch
+
+import train_toy
+
+STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}  # 97.5 % quantile with n - 1 degrees of freedom
+
+
+def interval(values):
+    """Mean, and half-width of its 95 % interval; None for one value.   -> float, float | None"""
+    n = len(values)
+    return statistics.mean(values), STUDENT[n] * statistics.stdev(values) / math.sqrt(n) if n > 1 else None
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", type=int, default=3, choices=range(1, 6))
+    parser.add_argument("--runs", type=Path, default=Path("runs"))
+    parser.add_argument("--results", type=Path, default=Path("results"))
+    a = parser.parse_args(argv)
+    directories = [a.runs / f"toys-{seed}" for seed in range(a.seeds)]
+    for seed, directory in enumerate(directories):
+        train_toy.main(["--data", "all", "--loss", "all", "--seed", str(seed), "--out", str(directory), "--resume"])
+
+    table = []
+    for toy in train_toy.TOYS:
+        for loss in train_toy.DEFAULTS:
+            last = [json.loads((d / f"{toy}-{loss}" / "metrics.jsonl").read_text().splitlines()[-1]) for d in directories]
+            row = {"data": toy, "loss": loss, "steps": last[0]["step"], "seeds": a.seeds,
+                   "minutes": statistics.mean(r["seconds"] for r in last) / 60}
+            for figure in ("kl", "fisher"):
+                row[figure], row[f"{figure}_95"] = interval([r[f"test_{figure}"] for r in last])
+            table.append(row)
+    a.results.mkdir(exist_ok=True)
+    shutil.copy(directories[0] / "grid.png", a.results / "toys.png")
+    result = {"command": "python -m experiments.toys", "rows": table,
+              "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"}
+    (a.results / "toys.json").write_text(json.dumps(result, indent=2) + "\n")
+    for row in table:
+        kl, fisher = (f"{row[f]:.4f}" + (f" ± {row[f'{f}_95']:.4f}" if a.seeds > 1 else "") for f in ("kl", "fisher"))
+        print(f"| {row['data']} | {row['loss']} | {row['steps']:,} | {kl} | {fisher} | {row['minutes']:.1f} |")
+
+
+if __name__ == "__main__":
+    main()

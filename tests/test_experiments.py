@@ -1,0 +1,87 @@
+"""The experiments: what they compute is right, and each runs from end to end at a small size."""
+
+import json
+import math
+
+import pytest
+import torch
+from torch.func import jacrev, vmap
+
+import train_mnist
+from experiments import generation, imputation, linear_masks
+from experiments.toys import interval
+from test_data import write_idx
+
+
+@pytest.fixture
+def float64():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def test_the_entropy_of_the_ten_dimensional_density_is_that_of_the_brute_force_jacobian(float64):
+    """h(y) = h(n) + E log|det dy/dn|, with the Jacobian by automatic differentiation."""
+    noise = torch.randn(20_000, 10).clamp(-3.3, 3.3)  # where 1 - tanh² still has digits
+    J = vmap(jacrev(lambda n: linear_masks.data(n[None])[0]))(noise)
+    log_det = torch.linalg.slogdet(J).logabsdet
+    expected = 5 * math.log(2 * math.pi * math.e) + log_det.mean().item()
+    entropy, error = linear_masks.entropy(100_000)
+    assert abs(entropy - expected) < 4 * (log_det.std().item() / len(noise) ** 0.5 + error)
+
+
+@pytest.mark.parametrize("name", linear_masks.LAYERS)
+def test_a_masked_flow_has_the_density_of_its_brute_force_jacobian_and_a_step_leaves_the_mask(float64, name):
+    flow = linear_masks.masked_flow(linear_masks.LAYERS[name], blocks=2)
+    with torch.no_grad():
+        for p in flow.parameters():
+            p.add_(0.2 * torch.randn_like(p))
+    x = torch.randn(3, 10)
+    J = vmap(jacrev(lambda x: flow(x[None])[0]))(x)
+    u = flow(x)
+    torch.testing.assert_close(flow.log_prob(x), -0.5 * u.square().sum(1) - 5 * math.log(2 * math.pi)
+                               + torch.linalg.slogdet(J).logabsdet)
+    lower, upper = J.tril(-1).abs().max().item(), J.triu(1).abs().max().item()
+    assert (lower > 0.01, upper > 0.01) == {"full": (True, True), "lower": (True, False), "upper": (False, True),
+                                            "upper × lower": (True, True)}[name]
+
+
+def test_linear_masks_runs_and_writes_its_figure(tmp_path, capsys):
+    try:
+        linear_masks.main(["--steps", "20", "--seeds", "1", "--batch-size", "32", "--results", str(tmp_path)])
+    finally:
+        torch.set_default_dtype(torch.float32)
+    result = json.loads((tmp_path / "linear-masks.json").read_text())
+    assert set(result["nll"]) == set(linear_masks.LAYERS) and (tmp_path / "linear-masks.png").stat().st_size > 1000
+    assert all(nll > result["entropy"] for [nll] in result["nll"].values())
+
+
+@pytest.mark.parametrize("arch, loss", [("fc", "ssm"), ("cnn", "ml")])
+def test_imputation_and_generation_run_on_a_trained_model(tmp_path, capsys, arch, loss):
+    data = tmp_path
+    for name, n in (("train", 300), ("t10k", 40)):  # of each image a shade with noise, and the left half is bright
+        shade = torch.randint(0, 100, (n, 1, 1)) + torch.randint(0, 16, (n, 4, 4))
+        write_idx(data / f"{name}-images-idx3-ubyte.gz", (shade + torch.tensor([130, 130, 0, 0])).to(torch.uint8))
+    train_mnist.main(["--data", str(data), "--out", str(tmp_path / "run"), "--arch", arch, "--loss", loss, "--epochs", "3",
+                      "--batch-size", "50", "--device", "cpu", "--lr", "1e-3"])
+    shared = ["--run", str(tmp_path / "run"), "--data", str(data), "--results", str(tmp_path)]
+    imputation.main([*shared, "--digits", "40", "--draws", "4", "--steps", "100"])
+    errors = json.loads((tmp_path / "imputation.json").read_text())["rmse"]["random pixels"]
+    # the pixels of an image share their shade: what is seen tells of what is missing
+    assert errors["mean of draws"] < errors["training mean"] and errors["mean of draws"] < errors["one draw"]
+    generation.main([*shared, "--chains", "3", "--steps", "60"])
+    assert (tmp_path / "generation.png").stat().st_size > 1000
+    assert "acceptance" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("main", [imputation.main, generation.main])
+def test_a_run_that_is_not_there_is_one_line(tmp_path, main):
+    with pytest.raises(SystemExit) as exit:
+        main(["--run", str(tmp_path / "nothing")])
+    assert "cannot read" in exit.value.code and "checkpoint.pt" in exit.value.code and "\n" not in exit.value.code
+
+
+def test_the_interval_is_student_s():
+    mean, half = interval([1.0, 2.0, 3.0])
+    assert mean == 2 and half == pytest.approx(4.303 / 3**0.5, rel=1e-3)
+    assert interval([1.0]) == (1.0, None)
