@@ -44,10 +44,10 @@ COMMON = dict(
 SCORE_MATCHING = COMMON | dict(start_smoothing=6.0)
 DEFAULTS = {
     "ml": COMMON,
-    "sml": COMMON | dict(epochs=40, model_samples=512),
+    "sml": COMMON | dict(model_samples=512),
     "ssm": SCORE_MATCHING,
     "dsm": SCORE_MATCHING,
-    "fdssm": SCORE_MATCHING | dict(epochs=40, xi=0.2),
+    "fdssm": SCORE_MATCHING | dict(xi=0.2),
 }
 
 
