@@ -15,8 +15,8 @@ import math
 import torch
 import torch.nn as nn
 
-from layers import (ActNorm, AffineCoupling, Convolution, FullyConnected, LinearLayer, Logit, SmoothLeakyReLU,
-                    Squeeze, Standardize)
+from layers import (ActNorm, AffineCoupling, Conv1x1, Convolution, FullyConnected, LinearLayer, LinearPart, Logit,
+                    NonlinearPart, SmoothLeakyReLU, Squeeze, Standardize)
 
 
 class EBFlow(nn.Module):
@@ -96,7 +96,7 @@ class EBFlow(nn.Module):
     def initialize(self, x):
         """Data-dependent start: hands each actnorm the batch that reaches it."""
         for layer in self.layers:
-            if isinstance(layer, ActNorm):
+            if isinstance(layer, ActNorm | LinearPart):
                 layer.initialize(x)
             x = layer(x) if isinstance(layer, LinearLayer) else layer(x)[0]
 
@@ -177,8 +177,8 @@ def cnn_flow(shape=(1, 28, 28), kernel_size=7, blocks=3, alpha=0.3, diagonal=-1.
 def toy_flow(dim=2, blocks=10, width=64):
     """Blocks of (fully-connected, affine coupling, actnorm) and a last fully-connected: the paper's toys."""
     def network(n_in, n_out):
-        return nn.Sequential(nn.Linear(n_in, width), nn.Tanh(), nn.Linear(width, width), nn.Tanh(),
-                             nn.Linear(width, n_out))  # bounded: far from the data the flow is affine
+        return nn.Sequential(nn.Linear(n_in, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(),
+                             nn.Linear(width, n_out))
 
     half, rest = dim - dim // 2, dim // 2  # the halves of tensor_split
     layers = []
@@ -187,3 +187,28 @@ def toy_flow(dim=2, blocks=10, width=64):
         net = network(rest, 2 * half) if swap else network(half, 2 * rest)
         layers += [FullyConnected(dim), AffineCoupling(net, swap), ActNorm(dim)]
     return EBFlow([*layers, FullyConnected(dim)], (dim,))
+
+
+def glow_flow(shape=(1, 28, 28), width=512, depth=16, blocks=2):
+    """Blocks of a squeeze and `depth` × (actnorm, 1×1 convolution, affine coupling): the paper's Glow.
+
+    Half of a block's channels go on to the next, the others are done. H and W must divide by 2^blocks. The couplings'
+    networks have `width` channels and end in zeros: they start at one scale for all and no shift.
+    """
+    def network(n_in, n_out):
+        last = nn.Conv2d(width, n_out, 3, padding=1)
+        nn.init.zeros_(last.weight), nn.init.zeros_(last.bias)
+        return nn.Sequential(nn.Conv2d(n_in, width, 3, padding=1), nn.SiLU(), nn.Conv2d(width, width, 1), nn.SiLU(), last)
+
+    layers, channels = [], shape[0]
+    for block in range(blocks):
+        layers.append(Squeeze())
+        channels *= 4
+        active = channels // 2**block  # the first of them
+        half, rest = active - active // 2, active // 2
+        for _ in range(depth):
+            step = [ActNorm(active), Conv1x1(active), AffineCoupling(network(half, 2 * rest))]
+            if active < channels:
+                step = [LinearPart(step[0], active), LinearPart(step[1], active), NonlinearPart(step[2], active)]
+            layers += step
+    return EBFlow(layers, shape)

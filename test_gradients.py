@@ -15,7 +15,7 @@ from torch.func import functional_call, jacrev
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import losses
-from ebflow import EBFlow, cnn_flow, fc_flow, logit_preprocessing, toy_flow
+from ebflow import EBFlow, cnn_flow, fc_flow, glow_flow, logit_preprocessing, toy_flow
 from layers import (ActNorm, AffineCoupling, Conv1x1, Convolution, FullyConnected, LinearLayer, Logit,
                     SmoothLeakyReLU, Squeeze, Standardize)
 from train_mnist import DEFAULTS, LOSSES
@@ -41,6 +41,7 @@ ARCHITECTURES = {
     "convolution": lambda: cnn_flow((1, 4, 4), kernel_size=3, blocks=2),
     "coupling": lambda: toy_flow(dim=3, blocks=2, width=6),
     "image coupling": image_coupling,
+    "glow": lambda: glow_flow((1, 4, 4), width=3, depth=2),
 }
 PLANES = {  # the same on two-dimensional events, where a density can be integrated on a grid
     "fully-connected": lambda: fc_flow(2),

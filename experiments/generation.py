@@ -5,7 +5,7 @@
 
 The chains run where the objective was applied, on the pre-processed images, and never see a determinant: an energy is
 enough. Each row is one chain: noise, then its state after 10, 100, 1,000 … Metropolis-adjusted steps; the last columns are
-exact draws x = g⁻¹(u). Writes results/generation.png and prints step size, acceptance and the energy along the way.
+exact draws x = g⁻¹(u). Writes results/generation-ARCH-LOSS.png and prints step size, acceptance and the energy along the way.
 """
 
 import argparse
@@ -46,7 +46,7 @@ def experiment(a):
             axes.axis("off")
         axes_column[0].set_title(title, fontsize="x-small")
     a.results.mkdir(exist_ok=True)
-    figure.savefig(a.results / "generation.png", dpi=130)
+    figure.savefig(a.results / f"generation-{args.arch}-{args.loss}.png", dpi=80)
 
 
 def main(argv=None):

@@ -7,7 +7,7 @@ Missing is the lower half, or each pixel with probability ½, or the shape of an
 the pixels (a pixel that is observed there is observed in the image), with Metropolis correction, from noise. Each of
 `--draws` chains per digit ends in one completion; their mean is the best guess in the sense of squared error.
 
-Writes results/imputation.png and results/imputation.json: the root-mean-square error over the missing pixels (of 0 to 1)
+Writes results/imputation-ARCH-LOSS.png and .json: the root-mean-square error over the missing pixels (of 0 to 1)
 of a draw and of the mean of the draws, beside filling with the mean of the training images.
 """
 
@@ -84,17 +84,17 @@ def experiment(a):
                        "training mean": rmse(mean.expand_as(x), x, mask)}
         seen = torch.where(mask, 128.0, x)  # grey is missing
         rows += [("truth", x), (name, seen), ("one draw", draws[0]), ("mean of draws", guess)]
-    figure = Figure(figsize=(8, 8.6), layout="constrained")
+    figure = Figure(figsize=(8, 6.6), layout="constrained")
     for axes, (name, pictures) in zip(figure.subplots(len(rows), 1), rows):
         strip = pictures[:16].view(-1, *train_set.shape[-2:]).permute(1, 0, 2).flatten(1)
         axes.imshow(strip.clamp(0, 256).numpy(), cmap="gray", vmin=0, vmax=256)
         axes.set(xticks=[], yticks=[])
         axes.set_ylabel(name, rotation=0, ha="right", va="center", fontsize="small")
     a.results.mkdir(exist_ok=True)
-    figure.savefig(a.results / "imputation.png", dpi=130)
+    figure.savefig(a.results / f"imputation-{args.arch}-{args.loss}.png", dpi=110)
     result = {"loss": args.loss, "arch": args.arch, "rmse": table, "digits": a.digits, "draws": a.draws, "steps": a.steps,
               "seed": a.seed, "command": f"python -m experiments.imputation --run {a.run}"}
-    (a.results / "imputation.json").write_text(json.dumps(result, indent=2) + "\n")
+    (a.results / f"imputation-{args.arch}-{args.loss}.json").write_text(json.dumps(result, indent=2) + "\n")
     print(f"{'missing':24}" + "".join(f"{name:>16}" for name in next(iter(table.values()))))
     for name, errors in table.items():
         print(f"{name:24}" + "".join(f"{error:16.4f}" for error in errors.values()))

@@ -17,11 +17,11 @@ from matplotlib.figure import Figure
 import train_mnist
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--runs", type=Path, default=Path("runs"))
     parser.add_argument("--results", type=Path, default=Path("results"))
-    a = parser.parse_args()
+    a = parser.parse_args(argv)
 
     table = {}
     figure = Figure(figsize=(7, 3.6), layout="constrained")

@@ -64,12 +64,12 @@ def training_step(loss, images, batch_size, device):
     return step
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--batch-size", type=int, default=100)
     parser.add_argument("--repeats", type=int, default=60)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    a = parser.parse_args()
+    a = parser.parse_args(argv)
     device = torch.device(a.device)
     images = mnist(parse([]).data)[0]
     D = images[0].numel()

@@ -66,11 +66,11 @@ def test_imputation_and_generation_run_on_a_trained_model(tmp_path, capsys, arch
                       "--batch-size", "50", "--device", "cpu", "--lr", "1e-3"])
     shared = ["--run", str(tmp_path / "run"), "--data", str(data), "--results", str(tmp_path)]
     imputation.main([*shared, "--digits", "40", "--draws", "4", "--steps", "100"])
-    errors = json.loads((tmp_path / "imputation.json").read_text())["rmse"]["random pixels"]
+    errors = json.loads((tmp_path / f"imputation-{arch}-{loss}.json").read_text())["rmse"]["random pixels"]
     # the pixels of an image share their shade: what is seen tells of what is missing
     assert errors["mean of draws"] < errors["training mean"] and errors["mean of draws"] < errors["one draw"]
     generation.main([*shared, "--chains", "3", "--steps", "60"])
-    assert (tmp_path / "generation.png").stat().st_size > 1000
+    assert (tmp_path / f"generation-{arch}-{loss}.png").stat().st_size > 1000
     assert "acceptance" in capsys.readouterr().out
 
 
