@@ -16,7 +16,7 @@ import torch
 from matplotlib.figure import Figure
 
 from data import DataError, dequantize, mnist
-from ebflow import EBFlow, cnn_flow, fc_flow, logit_preprocessing
+from ebflow import EBFlow, cnn_flow, fc_flow, glow_flow, logit_preprocessing
 from layers import FullyConnected
 from run import Run, RunError, curves, one_line_errors, read_checkpoint
 from training import (MovingAverage, add_run_flags, add_settings, fast_matmul, fit, make_optimizer, pick_device,
@@ -33,9 +33,10 @@ COMMON = dict(
     decay=0.95,          # × this after each of the first 49 epochs
     ema_decay=0.999,     # θ̃ ← mθ̃ + (1-m)θ after each step
     clip=0.0,            # largest norm of the gradient; 0: any
+    weight_decay=0.0,    # of Adam
     s=1.0,               # the flow's datum is z = logit(x / 256) / s, which is then
     normalize="center",  # left ("none"), centred ("center"), given variance 1 ("scale") or covariance I ("whiten")
-    diagonal=1.0,        # initial weights: diagonal · I
+    diagonal=1.0,        # initial weights of fc and cnn: diagonal · I
     bias=0.0,            # initial biases
     bend=1.5,            # where the activation bends (see SmoothLeakyReLU)
 )
@@ -57,6 +58,18 @@ DEFAULTS["cnn"] = {
     "dsm": CONVOLUTIONAL | dict(epochs=1, normalize="center", diagonal=-0.6, sigma=0.4),
     "fdssm": CONVOLUTIONAL | dict(epochs=1, normalize="center", diagonal=-0.6, xi=1.0),
 }
+GLOW = {k: v for k, v in COMMON.items() if k not in ("diagonal", "bias", "bend")} | dict(
+    epochs=5, lr=1e-3, normalize="scale", clip=500.0,
+    width=32,            # channels of the couplings' networks; 512 as published, for a GPU
+    depth=4,             # steps of a block; 16 as published
+)
+DEFAULTS["glow"] = {
+    "ml": GLOW,
+    "sml": GLOW | dict(model_samples=100),
+    "ssm": GLOW | dict(normalize="center"),
+    "dsm": GLOW | dict(normalize="center", sigma=0.4),
+    "fdssm": GLOW | dict(normalize="center", xi=1.0),
+}
 PUBLISHED = COMMON | dict(epochs=50, optimizer="rmsprop", lr=1e-4, schedule="steps", normalize="none", diagonal=-1.0, bend=None)
 PAPER = {
     "fc": {
@@ -73,6 +86,14 @@ PAPER = {
         "dsm": PUBLISHED | dict(s=0.75, bias=0.01, sigma=0.1),
         "fdssm": PUBLISHED | dict(s=0.75, bias=0.01, xi=0.1, clip=5.0),
     },
+}
+PUBLISHED_GLOW = GLOW | dict(lr=1e-5, weight_decay=0.1, normalize="none", width=512, depth=16, schedule="steps", decay=1.0)
+PAPER["glow"] = {
+    "ml": PUBLISHED_GLOW,
+    "sml": PUBLISHED_GLOW | dict(model_samples=100),
+    "ssm": PUBLISHED_GLOW,
+    "dsm": PUBLISHED_GLOW | dict(sigma=0.1),
+    "fdssm": PUBLISHED_GLOW | dict(xi=0.1),
 }
 
 
@@ -97,9 +118,13 @@ def build(args, images):
         whitening = FullyConnected(*shape).requires_grad_(False)
         whitening.weight.copy_(U @ (variances.rsqrt()[:, None] * U.T))  # symmetric: pixels stay pixels
         pre = EBFlow([*pre.layers, whitening], shape)
-    architecture = {"fc": lambda start: fc_flow(*shape, **start), "cnn": lambda start: cnn_flow(shape, **start)}
     try:
-        flow = architecture[args.arch](dict(diagonal=args.diagonal, bias=args.bias, bend=args.bend))
+        if args.arch == "glow":
+            flow = glow_flow(shape, args.width, args.depth)
+            flow.initialize(pre(dequantize(images[:1000])))
+        else:
+            architecture = {"fc": lambda **start: fc_flow(*shape, **start), "cnn": lambda **start: cnn_flow(shape, **start)}
+            flow = architecture[args.arch](diagonal=args.diagonal, bias=args.bias, bend=args.bend)
     except ValueError as error:  # an image that does not squeeze
         raise RunError(f"--arch {args.arch} cannot take images of {images.shape[-2]}×{images.shape[-1]}: {error}") from None
     return pre, flow, EBFlow([*pre.layers, *flow.layers], shape)
@@ -219,7 +244,7 @@ def parse(argv=None):
     parser.add_argument("--data", default=Path(__file__).parent / "mnist", type=Path, help="directory of the IDX files")
     parser.add_argument("--out", type=Path, help="directory of the run (runs/mnist-ARCH-LOSS)")
     add_run_flags(parser)
-    tables = list(DEFAULTS["fc"].values())
+    tables = [settings for by_loss in DEFAULTS.values() for settings in by_loss.values()]
     add_settings(parser, tables)
     args = parser.parse_args(argv)
     args = with_settings(parser, args, tables, (PAPER if args.paper else DEFAULTS)[args.arch][args.loss])

@@ -33,7 +33,7 @@ def trainable(model):
 def make_optimizer(args, parameters):
     if args.optimizer == "rmsprop":
         return torch.optim.RMSprop(parameters, lr=args.lr)
-    return torch.optim.Adam(parameters, lr=args.lr, fused=True)
+    return torch.optim.Adam(parameters, lr=args.lr, weight_decay=getattr(args, "weight_decay", 0.0), fused=True)
 
 
 def train_step(args, model, x, optimizer):
@@ -230,7 +230,8 @@ def with_settings(parser, args, tables, defaults, strict=True):
     for name in {name for table in tables for name in table}:
         if name not in defaults:
             if strict and getattr(args, name) is not None:
-                parser.error(f"--{name.replace('_', '-')} is not a setting of {args.loss}")
+                parser.error(f"--{name.replace('_', '-')} is not a setting of " + " ".join(
+                    getattr(args, kind) for kind in ("arch", "sampler", "loss") if hasattr(args, kind)))
             delattr(args, name)
         elif getattr(args, name) is None:
             setattr(args, name, defaults[name])
@@ -244,10 +245,10 @@ def check_range(parser, args):
         if isinstance(value, float) and not math.isfinite(value):
             parser.error(f"{flag} must be a finite number, not {value}")
         if name in ("epochs", "steps", "batch_size", "lr", "s", "sigma", "xi", "model_samples", "blocks",
-                    "width", "anneal", "test_points", "chains", "local_steps", "step_size", "flow_lr", "energy_width",
+                    "width", "depth", "anneal", "test_points", "chains", "local_steps", "step_size", "flow_lr", "energy_width",
                     "mixing_rounds") and not value > 0:
             parser.error(f"{flag} must be positive, not {value}")
         if name in ("warmup", "ema_decay", "target") and not 0 <= value < 1:
             parser.error(f"{flag} must lie in [0, 1), not {value}")
-        if name in ("clip", "seed", "start_steps") and not 0 <= value < 2**32:
+        if name in ("clip", "seed", "start_steps", "weight_decay") and not 0 <= value < 2**32:
             parser.error(f"{flag} must lie in [0, 2³²), not {value}")

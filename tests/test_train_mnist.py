@@ -15,11 +15,11 @@ import torch
 
 from ebflow import EBFlow, fc_flow, logit_preprocessing
 from data import dequantize, mnist
-from training import MovingAverage, learning_rate
+from training import MovingAverage, learning_rate, make_optimizer, train_step, trainable
 from test_data import small_data_set
 import losses
 import training
-from train_mnist import DEFAULTS, LOSSES, build, evaluate, load, main, parse
+from train_mnist import DEFAULTS, LOSSES, build, evaluate, load, main, minibatch, parse
 
 ROOT = Path(__file__).parent.parent
 
@@ -78,9 +78,10 @@ def test_a_run_of_every_objective_leaves_its_files_and_improves(data, tmp_path, 
     assert json.loads((tmp_path / "config.json").read_text())["loss"] == loss
 
 
-@pytest.mark.parametrize("loss", LOSSES)
-def test_a_convolutional_run_of_every_objective_leaves_its_files_and_improves(data, tmp_path, loss):
-    main(arguments(data, tmp_path, "--arch", "cnn", "--loss", loss, "--epochs", "4", "--lr", "1e-3"))
+@pytest.mark.parametrize("arch, loss", [(arch, loss) for arch in ("cnn", "glow") for loss in LOSSES])
+def test_a_run_of_every_other_architecture_and_objective_leaves_its_files_and_improves(data, tmp_path, arch, loss):
+    small = ["--width", "4", "--depth", "2"] if arch == "glow" else []
+    main(arguments(data, tmp_path, "--arch", arch, "--loss", loss, "--epochs", "4", "--lr", "1e-3", *small))
     metrics = rows(tmp_path)
     assert len(metrics) == 5 and (tmp_path / "samples.png").exists()
     assert min(row["val_nll"] for row in metrics[1:]) < metrics[0]["val_nll"]
@@ -254,7 +255,7 @@ def test_control_c_is_one_line_and_the_run_can_go_on(data, tmp_path):
 
 
 @pytest.mark.parametrize("flags, message", [
-    (["--loss", "mle"], "invalid choice"), (["--sigma", "1", "--loss", "ml"], "--sigma is not a setting of ml"),
+    (["--loss", "mle"], "invalid choice"), (["--sigma", "1", "--loss", "ml"], "--sigma is not a setting of fc ml"),
     (["--sigma", "-1"], "--sigma must be positive"), (["--ema-decay", "1"], r"must lie in [0, 1)"),
     (["--epoch", "1", "--no-such"], "unrecognized arguments: --no-such"), (["--lr", "nan"], "--lr must be a finite number"), (["--clip", "-1"], "--clip must lie in"),
     (["--seed", "-1"], "--seed must lie in"), (["--resume", "--overwrite"], "not allowed with"),
@@ -289,3 +290,14 @@ def test_the_defaults_of_a_flag_are_those_at_the_top_of_the_script():
     for loss, settings in DEFAULTS["fc"].items():
         a = parse(["--loss", loss])
         assert {name: getattr(a, name) for name in settings} == settings
+
+
+def test_the_glow_of_the_published_size_takes_a_step():
+    args = parse(["--arch", "glow", "--paper", "--loss", "ssm"])
+    images = torch.randint(0, 256, (20, 1, 28, 28), dtype=torch.uint8)
+    pre, flow, _ = build(args, images)
+    assert len(flow.layers) == 2 + 2 * 16 * 3 and sum(p.numel() for p in flow.parameters()) == 9_750_336
+    before = [p.clone() for p in flow.parameters()]
+    trace = train_step(args, flow, minibatch(args, pre, images[:2]), make_optimizer(args, trainable(flow)))
+    assert trace.isfinite().all()
+    assert sum(not torch.equal(p, q) for p, q in zip(before, flow.parameters())) > 0.9 * len(before)
