@@ -37,11 +37,11 @@ COMMON = dict(
     clip=0.0,            # largest norm of the gradient; 0: any
     blocks=10,           # of the flow
     width=64,            # of the couplings' networks
-    start_smoothing=Toy.smoothing,  # the points are smoothed by so much at first, and by the toy's own 0.375 when
-    anneal=0.85,         # this fraction of the run is over (see `smoothing`)
+    start_smoothing=2.0,  # the points are smoothed by so much at first, and by the toy's own 0.375 when
+    anneal=0.5,          # this fraction of the run is over (see `smoothing`)
     test_points=20_000,
 )
-SCORE_MATCHING = COMMON | dict(start_smoothing=6.0)
+SCORE_MATCHING = COMMON | dict(start_smoothing=6.0, anneal=0.85)
 DEFAULTS = {
     "ml": COMMON,
     "sml": COMMON | dict(model_samples=512),
@@ -83,7 +83,8 @@ def smoothing(args, progress):
 
     Score matching compares scores where the points are, and elsewhere sees nothing: a model may have nearly all of its
     mass out there and a small Fisher divergence. So it starts where it cannot be wrong, from points under so much
-    noise that they are nearly Gaussian, as the flow is at its start, and follows them as the noise falls.
+    noise that they are nearly Gaussian, as the flow is at its start, and follows them as the noise falls. Maximum
+    likelihood does better on the swirl with some of it, too.
     """
     return Toy.smoothing * (args.start_smoothing / Toy.smoothing) ** max(0.0, 1 - progress / args.anneal)
 

@@ -104,7 +104,7 @@ def test_the_points_end_with_the_noise_of_the_toy_and_dsm_adds_it_itself(tmp_pat
     monkeypatch.setattr(Toy, "__init__", without_points(Toy.__init__))
     main(arguments(tmp_path, "--loss", loss, "--batch-size", "4000"))
     sigmas = [sigma for sigma, _ in seen]
-    assert sigmas[0] == (6 if loss == "dsm" else Toy.smoothing)
+    assert sigmas[0] == (6 if loss == "dsm" else 2)
     assert sigmas == sorted(sigmas, reverse=True) and sigmas[26:] == [Toy.smoothing] * 4
     for sigma, x in seen:
         assert x.std().item() == pytest.approx(0 if loss == "dsm" else sigma, rel=0.05)
