@@ -190,3 +190,58 @@ def gauss_legendre(n, a, b):
     """Nodes and weights of Σ w f(t) ≈ ∫_a^b f dt, in float64.   -> (n,), (n,)"""
     nodes, weights = map(torch.from_numpy, np.polynomial.legendre.leggauss(n))
     return (a + b) / 2 + (b - a) / 2 * nodes, (b - a) / 2 * weights
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Densities of any dimension with modes of unequal weights
+# ---------------------------------------------------------------------------------------------------------
+
+
+class Mixture:
+    """p(x) = Σ_k w_k N(x; m_k, s_k² I), exact in any dimension.
+
+    weights (K,), summing to 1; means (K, D); std a number or (K,)
+    """
+
+    def __init__(self, weights, means, std=1.0):
+        self.weights, self.means = (torch.as_tensor(t, dtype=torch.float64) for t in (weights, means))
+        self.std = torch.as_tensor(std, dtype=torch.float64).expand(len(self.means))
+
+    def sample(self, n, device="cpu", equally=False):
+        """n draws in torch's default dtype, of p or with the same number from each component.   -> (n, D)"""
+        if equally:
+            k = torch.arange(n, device=device) % len(self.means)
+        else:
+            k = torch.multinomial(self.weights.to(device), n, replacement=True)
+        means, std = (t.to(device, torch.get_default_dtype()) for t in (self.means, self.std))
+        return means[k] + std[k, None] * torch.randn(n, means.shape[1], device=device)
+
+    def log_prob(self, x):
+        """log p(x) in nats, computed in float64.   (B, D) -> (B,)"""
+        log_weights, means, std = (t.to(x.device) for t in (self.weights.log(), self.means, self.std))
+        log_constant = log_weights - means.shape[1] * (std * math.sqrt(2 * math.pi)).log()  # (K,)
+        squares = torch.stack([(x.double() - m).square().sum(1) for m in means], dim=1)  # (B, K)
+        return torch.logsumexp(log_constant - squares / (2 * std.square()), dim=1).to(x.dtype)
+
+    def score(self, x):
+        """∇_x log p(x).   (B, D) -> (B, D)"""
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            return torch.autograd.grad(self.log_prob(x).sum(), x)[0]
+
+    def mode(self, x):
+        """The nearest mean: to which mode x belongs, whatever weights a model gives them.   (B, D) -> (B,)"""
+        return torch.cdist(x, self.means.to(x)).argmin(1)
+
+
+def mixture(dim=2, weights=(0.1, 0.2, 0.3, 0.4), distance=10.0):
+    """Four unit Gaussians at the corners of a square, neighbours `distance` standard deviations apart.
+
+    One side of the square lies along all even axes together, the other along all odd ones, so that no coordinate
+    alone tells the modes apart where dim is large.
+    """
+    axes = torch.zeros(2, dim, dtype=torch.float64)
+    axes[0, ::2], axes[1, 1::2] = 1, 1
+    axes = axes / axes.norm(dim=1, keepdim=True)
+    corners = distance / 2 * torch.tensor([[-1.0, -1.0], [-1.0, 1.0], [1.0, -1.0], [1.0, 1.0]], dtype=torch.float64)
+    return Mixture(weights, corners @ axes)

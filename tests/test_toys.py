@@ -5,8 +5,9 @@ import math
 import numpy as np
 import pytest
 import torch
+from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal
 
-from data import TOYS, Toy, log_smoothed_box
+from data import TOYS, Mixture, Toy, log_smoothed_box, mixture
 
 toys = pytest.mark.parametrize("toy", [make() for make in TOYS.values()], ids=list(TOYS))
 
@@ -96,3 +97,63 @@ def test_less_smoothing_leaves_room_for_the_noise_of_denoising_score_matching(to
     y = toy.sample(100_000)
     x = x + sigma * torch.randn_like(x)
     assert ((x.square().mean(0) - y.square().mean(0)).abs() < 4 * math.sqrt(2) * y.square().std(0) / 100_000**0.5).all()
+
+
+def mixtures():
+    """An odd one in the plane, and the data of train_ebm.py in two dimensions and more."""
+    odd = Mixture([0.2, 0.5, 0.3], [[0.0, 0.0], [3.0, 1.0], [-2.0, 4.0]], [0.5, 1.0, 1.5])
+    return {"odd": odd, "two": mixture(2), "five": mixture(5)}
+
+
+mixed = pytest.mark.parametrize("p", mixtures().values(), ids=list(mixtures()))
+
+
+@pytest.mark.parametrize("name", ["odd", "two"])
+def test_the_density_of_a_mixture_integrates_to_one(name):
+    x, cell = lattice()
+    assert (mixtures()[name].log_prob(x).exp().sum() * cell).item() == pytest.approx(1, abs=1e-9)
+
+
+@mixed
+def test_a_mixture_s_score_is_the_gradient_of_its_log_density_by_finite_differences(p):
+    x = torch.cat([p.sample(50), 20 * torch.rand(20, p.means.shape[1]) - 10])
+    h = 1e-5
+    for i, unit in enumerate(torch.eye(p.means.shape[1])):
+        difference = (p.log_prob(x + h * unit) - p.log_prob(x - h * unit)) / (2 * h)
+        torch.testing.assert_close(p.score(x)[:, i], difference, atol=1e-6, rtol=1e-6)
+
+
+@mixed
+def test_draws_of_a_mixture_have_its_mean_and_second_moments_and_its_log_density_is_torch_s(p):
+    x = p.sample(100_000)
+    second = torch.einsum("k,ki,kj->ij", p.weights, p.means, p.means) + (p.weights @ p.std**2) * torch.eye(x.shape[1])
+    for draws, exact in ((x, p.weights @ p.means), (x[:, :, None] * x[:, None], second)):
+        assert ((draws.mean(0) - exact).abs() < 4.5 * draws.std(0) / len(x) ** 0.5).all()
+    normals = Independent(Normal(p.means, p.std[:, None]), 1)
+    torch.testing.assert_close(p.log_prob(x), MixtureSameFamily(Categorical(p.weights), normals).log_prob(x))
+
+
+def test_the_modes_of_the_mixture_are_equally_far_apart_in_any_dimension_and_no_axis_alone_tells_them():
+    for dim in (2, 8, 64):
+        p = mixture(dim)
+        distances = torch.pdist(p.means)
+        assert distances.min().item() == pytest.approx(10) and distances.max().item() == pytest.approx(10 * math.sqrt(2))
+        assert p.means.abs().max() <= 5 / math.sqrt(dim // 2) + 1e-9
+    torch.testing.assert_close(p.weights, torch.tensor([0.1, 0.2, 0.3, 0.4]))
+
+
+def test_a_mixture_s_equal_draws_and_its_modes_agree():
+    p = mixture(8)
+    modes = p.mode(p.sample(400, equally=True))
+    assert modes.tolist() == [0, 1, 2, 3] * 100
+    shares = p.mode(p.sample(100_000)).bincount() / 100_000
+    assert ((shares - p.weights).abs() < 4 * (p.weights * (1 - p.weights) / 100_000).sqrt()).all()
+
+
+@mixed
+def test_a_mixture_keeps_dtype_and_batch_and_is_finite_far_away(p):
+    x = torch.full((3, p.means.shape[1]), 1e3, dtype=torch.float32)
+    assert p.log_prob(x).shape == (3,) and p.log_prob(x).isfinite().all() and p.score(x).isfinite().all()
+    assert p.log_prob(x).dtype == p.score(x).dtype == torch.float32
+    torch.set_default_dtype(torch.float32)
+    assert p.sample(2).dtype == torch.float32
