@@ -10,8 +10,8 @@ import torch
 from matplotlib.figure import Figure
 
 from data import Mixture
+from run import image, lattice
 from sampling import alternate, autocorrelation_time, effective_sample_size, log_z
-from train_toy import image, lattice
 
 
 class Exact:

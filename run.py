@@ -1,5 +1,5 @@
 """The directory of a run: never overwritten by accident, with checkpoints that are written whole or not at all, a
-metrics log and its curves; and errors of one line."""
+metrics log; its pictures; and errors of one line."""
 
 import contextlib
 import json
@@ -128,6 +128,23 @@ def curves(metrics, loss):
         if max(values) > low + 20 * (late - low) > low:  # a start far away would flatten the rest
             axes.set_ylim(low - 0.5 * (late - low), low + 4 * (late - low))
     return figure
+
+
+def lattice(limit, n, like):
+    """The points of an n × n grid on [-limit, limit]², first row at the bottom.   -> (n, n, 2)"""
+    ticks = torch.linspace(-limit, limit, n, device=like.device, dtype=like.dtype)
+    return torch.stack(torch.meshgrid(ticks, ticks, indexing="xy"), dim=-1)
+
+
+@torch.no_grad()
+def image(axes, function, x, n=128, **style):
+    """Shows a function (B, 2) -> (B,) on the square that holds the points x."""
+    limit = 1.02 * x.abs().max().item()
+    points = lattice(limit, n, x).flatten(0, 1)
+    values = torch.cat([function(batch) for batch in points.split(5000)]).view(n, n)
+    axes.imshow(values.cpu().numpy(), origin="lower", extent=(-limit, limit, -limit, limit), **style)
+    axes.set(xticks=[], yticks=[])
+    return limit
 
 
 @contextlib.contextmanager

@@ -39,9 +39,8 @@ from evaluate_ebm import Exact, density, mixing, table, weights
 from layers import FullyConnected, Standardize
 from run import Run, RunError, one_line_errors
 from sampling import SamplingError, alternate
-from train_toy import configuration
-from training import (MovingAverage, add_run_flags, add_settings, learning_rate, make_optimizer, pick_device, trainable,
-                      with_settings)
+from training import (MovingAverage, add_run_flags, add_settings, configuration, learning_rate, make_optimizer,
+                      pick_device, trainable, with_settings)
 
 # The settings that a flag of the same name changes.
 COMMON = dict(

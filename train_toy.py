@@ -19,8 +19,8 @@ from matplotlib.figure import Figure
 
 from data import TOYS, Toy
 from ebflow import toy_flow
-from run import Run, curves, one_line_errors, whole
-from training import (MovingAverage, add_run_flags, add_settings, fit, make_optimizer, pick_device, trainable,
+from run import Run, curves, image, lattice, one_line_errors, whole
+from training import (MovingAverage, add_run_flags, add_settings, configuration, fit, make_optimizer, pick_device, trainable,
                       with_settings)
 
 # The settings that a flag of the same name changes.
@@ -113,23 +113,6 @@ def divergences(split, model, x, log_prob, score):
 # ---------------------------------------------------------------------------------------------------------
 
 
-def lattice(limit, n, like):
-    """The points of an n × n grid on [-limit, limit]², first row at the bottom.   -> (n, n, 2)"""
-    ticks = torch.linspace(-limit, limit, n, device=like.device, dtype=like.dtype)
-    return torch.stack(torch.meshgrid(ticks, ticks, indexing="xy"), dim=-1)
-
-
-@torch.no_grad()
-def image(axes, function, x, n=128, **style):
-    """Shows a function (B, 2) -> (B,) on the square that holds the points x."""
-    limit = 1.02 * x.abs().max().item()
-    points = lattice(limit, n, x).flatten(0, 1)
-    values = torch.cat([function(batch) for batch in points.split(5000)]).view(n, n)
-    axes.imshow(values.cpu().numpy(), origin="lower", extent=(-limit, limit, -limit, limit), **style)
-    axes.set(xticks=[], yticks=[])
-    return limit
-
-
 def density(flow, toy, x):
     """Truth beside model, and the energy with the score as arrows: they point to where the density grows."""
     figure = Figure(figsize=(10.5, 3.7), layout="constrained")
@@ -176,11 +159,6 @@ def table(cells):
 # ---------------------------------------------------------------------------------------------------------
 # The command line
 # ---------------------------------------------------------------------------------------------------------
-
-
-def configuration(args):
-    """What decides the result: the settings, but not the folder or the device."""
-    return {k: v for k, v in vars(args).items() if k not in ("out", "device", "resume", "overwrite")}
 
 
 def parse(argv=None):

@@ -214,6 +214,11 @@ def add_run_flags(parser):
     existing.add_argument("--overwrite", action="store_true", help="replace the run in --out")
 
 
+def configuration(args):
+    """What decides the result: the settings, but not the folder or the device."""
+    return {k: v for k, v in vars(args).items() if k not in ("out", "device", "resume", "overwrite")}
+
+
 def add_settings(parser, tables):
     """A flag for every setting that stands in one of the tables, without a default."""
     group = parser.add_argument_group("settings, by default those at the top of the script")
