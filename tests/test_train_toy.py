@@ -69,9 +69,9 @@ def test_all_objectives_on_all_toys_leave_their_files_and_make_the_grid(tmp_path
             metrics = rows(out)
             assert [row["step"] for row in metrics] == [0, 10, 20, 30]
             assert metrics[-1]["test_kl"] > 0 and f"{metrics[-1]['test_kl']:.4f} ± " in table
-    before = (tmp_path / "sine-ml" / "checkpoint.pt").read_bytes()
-    main([*everything, "--resume"])  # done: nothing is trained again
-    assert (tmp_path / "sine-ml" / "checkpoint.pt").read_bytes() == before
+    before = (tmp_path / "checkerboard-ml" / "checkpoint.pt").read_bytes()
+    main(arguments(tmp_path, "--data", "checkerboard", "--loss", "all", "--resume"))  # done: nothing is trained again
+    assert (tmp_path / "checkerboard-ml" / "checkpoint.pt").read_bytes() == before
 
 
 def test_a_run_that_is_stopped_and_resumed_ends_exactly_like_an_undisturbed_one(tmp_path, monkeypatch):
