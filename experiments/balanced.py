@@ -30,7 +30,7 @@ KEPT = ("test_nll", "entropy", "test_kl", "test_kl_se", "weights", "chains", "tv
 
 
 def run(dim, sampler, seed, runs, flags=()):
-    """Trains one energy, unless it is there.   -> its arguments, and the rows of its metrics"""
+    """Trains one energy, unless it is there.   -> its arguments, the rows of its metrics, and the error that stopped it"""
     directory = runs / f"ebm-mixture-d{dim}-{sampler}-seed{seed}"
     argv = ["--dim", str(dim), "--sampler", sampler, "--seed", str(seed), "--out", str(directory), *flags]
     args, config = train_ebm.parse(argv), directory / "config.json"
@@ -38,11 +38,17 @@ def run(dim, sampler, seed, runs, flags=()):
     def metrics():
         return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
 
-    if not config.exists():
-        train_ebm.main(argv)
-    elif json.loads(config.read_text()) != configuration(args) or "test_nll" not in metrics()[-1]:
-        train_ebm.main([*argv, "--resume"])  # it refuses a run of other settings
-    return args, metrics()
+    try:
+        if not config.exists():
+            train_ebm.main(argv)
+        elif json.loads(config.read_text()) != configuration(args) or "test_nll" not in metrics()[-1]:
+            train_ebm.main([*argv, "--resume"])  # it refuses a run of other settings
+    except SystemExit as stop:
+        if "at epoch" not in str(stop.code):
+            raise
+        print(stop.code)  # training broke down, which is a result
+        return args, metrics(), stop.code
+    return args, metrics(), None
 
 
 def trained(args):
@@ -60,7 +66,12 @@ def rows(table):
     """
     for dim, sampler in sorted({(row["dim"], row["sampler"]) for row in table},
                                key=lambda cell: (cell[0], SAMPLERS.index(cell[1]))):
-        seeds = [row for row in table if (row["dim"], row["sampler"]) == (dim, sampler)]
+        every = [row for row in table if (row["dim"], row["sampler"]) == (dim, sampler)]
+        seeds = [row for row in every if "stopped" not in row]
+        name = sampler if len(seeds) == len(every) else f"{sampler} ({len(every) - len(seeds)} of {len(every)} broke down)"
+        if not seeds:
+            yield f"| {dim} | {name} |" + " – |" * 8
+            continue
 
         def mean(key, form):
             values = [row[key] for row in seeds if row.get(key) is not None]
@@ -73,7 +84,7 @@ def rows(table):
         figures = f"**{mean('tv', '{:.4f}')}** | {max(row['tv'] for row in seeds):.4f} | {mean('test_kl', '{:.3f}')}"
         if min(row.get("ess", 1) for row in seeds) < 0.01:
             figures = "elsewhere | – | –"
-        yield (f"| {dim} | {sampler} | {figures} | {mean('flow_acceptance', '{:.2f}') if flow else '–'} | "
+        yield (f"| {dim} | {name} | {figures} | {mean('flow_acceptance', '{:.2f}') if flow else '–'} | "
                f"{mean('flow_ess', '{:.0%}') if flow else '–'} | {mean('crossings', '{:.1f}')} | {tau} | "
                f"{sum(row['seconds'] for row in seeds) / len(seeds) / 60:.1f} |")
 
@@ -130,14 +141,14 @@ def main(argv=None):
         models = {}
         for dim in a.dims:
             for sampler in SAMPLERS:
-                args, metrics = run(dim, sampler, seed, a.runs, flags)
-                cell = {"dim": dim, "sampler": sampler, "seed": seed}
+                args, metrics, stopped = run(dim, sampler, seed, a.runs, flags)
+                cell = {"dim": dim, "sampler": sampler, "seed": seed} | ({"stopped": stopped} if stopped else {})
                 table[dim, sampler, seed] = (cell | {k: metrics[-1][k] for k in KEPT if k in metrics[-1]}
                                              | {"tv_by_step": [[row["step"], row["tv"]] for row in metrics]})
-                if dim == 2:
+                if dim == 2 and not stopped:
                     models[sampler] = trained(args)
         if models and seed == min(a.seeds):
-            densities(models, {sampler: table[2, sampler, seed] for sampler in SAMPLERS}).savefig(
+            densities(models, {sampler: table[2, sampler, seed] for sampler in models}).savefig(
                 a.results / "ebm-density.png", dpi=120)
     table = [table[cell] for cell in sorted(table)]
     curves(table).savefig(a.results / "ebm-weights.png", dpi=120)
