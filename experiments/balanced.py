@@ -147,7 +147,7 @@ def main(argv=None):
                                              | {"tv_by_step": [[row["step"], row["tv"]] for row in metrics]})
                 if dim == 2 and not stopped:
                     models[sampler] = trained(args)
-        if models and seed == min(a.seeds):
+        if len(models) == len(SAMPLERS) and seed == min(a.seeds):
             densities(models, {sampler: table[2, sampler, seed] for sampler in models}).savefig(
                 a.results / "ebm-density.png", dpi=120)
     table = [table[cell] for cell in sorted(table)]

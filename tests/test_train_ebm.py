@@ -301,3 +301,12 @@ def test_the_experiment_makes_its_table_and_figures_and_trains_nothing_twice(tmp
     balanced.main(["--dims", "3", *small])  # beside what is there
     table = json.loads((tmp_path / "results" / "balanced.json").read_text())["runs"]
     assert [(row["dim"], row["sampler"]) for row in table] == [(dim, sampler) for dim in (2, 3) for sampler in DEFAULTS]
+
+
+def test_a_run_that_breaks_down_is_a_row_of_the_table_and_not_its_end(tmp_path, capsys):
+    small = [*arguments("unused")[2:], "--runs", str(tmp_path), "--results", str(tmp_path / "results"), "--seeds", "0"]
+    balanced.main(["--dims", "2", *small, "--lr", "1e30", "--clip", "0", "--warmup", "0"])
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| 2 |")]
+    assert len(lines) == len(DEFAULTS) and all("(1 of 1 broke down)" in line for line in lines)
+    runs = json.loads((tmp_path / "results" / "balanced.json").read_text())["runs"]
+    assert all("at epoch 1" in row["stopped"] for row in runs)
