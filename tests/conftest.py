@@ -1,3 +1,5 @@
+import json
+
 import pytest
 import torch
 
@@ -5,3 +7,20 @@ import torch
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+def failing(main):
+    """A function (capsys, *arguments) -> the one line that the command prints before it exits with another status than 0."""
+    def fails(capsys, *args):
+        with pytest.raises(SystemExit) as exit:
+            main(args)
+        assert exit.value.code not in (0, None)
+        line = exit.value.code if isinstance(exit.value.code, str) else capsys.readouterr().err.strip().splitlines()[-1]
+        assert "\n" not in line
+        return line
+    return fails
+
+
+def rows(out):
+    """The metrics of a run, one dict for each evaluated epoch."""
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from conftest import failing, rows
 import run
 import train_ebm
 from data import TOYS, Mixture, mixture
@@ -25,18 +26,7 @@ def arguments(out, *extra):
             "--local-steps", "3", "--device", "cpu", *extra]
 
 
-def fails(capsys, *args):
-    """The one line that the command prints before it exits with a status other than zero."""
-    with pytest.raises(SystemExit) as exit:
-        main(args)
-    assert exit.value.code not in (0, None)
-    line = exit.value.code if isinstance(exit.value.code, str) else capsys.readouterr().err.strip().splitlines()[-1]
-    assert "\n" not in line
-    return line
-
-
-def rows(out):
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+fails = failing(main)
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from conftest import failing, rows
 from ebflow import EBFlow, fc_flow, logit_preprocessing
 from data import dequantize, mnist
 from training import MovingAverage, learning_rate, make_optimizer, train_step, trainable
@@ -44,18 +45,7 @@ def command(*args):
     return [sys.executable, str(ROOT / "train_mnist.py"), *args]
 
 
-def fails(capsys, *args):
-    """The one line that the command prints before it exits with a status other than zero."""
-    with pytest.raises(SystemExit) as exit:
-        main(args)
-    assert exit.value.code not in (0, None)
-    line = exit.value.code if isinstance(exit.value.code, str) else capsys.readouterr().err.strip().splitlines()[-1]
-    assert "\n" not in line
-    return line
-
-
-def rows(out):
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+fails = failing(main)
 
 
 @pytest.mark.parametrize("loss", LOSSES)

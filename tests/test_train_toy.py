@@ -1,10 +1,9 @@
 """The command `train_toy.py`: its figures, what it writes, that a stopped run resumes exactly, and how it fails."""
 
-import json
-
 import pytest
 import torch
 
+from conftest import failing, rows
 import run
 import training
 from data import TOYS, Toy
@@ -20,18 +19,7 @@ def arguments(out, *extra):
             "--test-points", "400", "--device", "cpu", *extra]
 
 
-def fails(capsys, *args):
-    """The one line that the command prints before it exits with a status other than zero."""
-    with pytest.raises(SystemExit) as exit:
-        main(args)
-    assert exit.value.code not in (0, None)
-    line = exit.value.code if isinstance(exit.value.code, str) else capsys.readouterr().err.strip().splitlines()[-1]
-    assert "\n" not in line
-    return line
-
-
-def rows(out):
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+fails = failing(main)
 
 
 def test_the_divergences_are_those_of_a_quadrature():
