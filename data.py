@@ -10,6 +10,9 @@ import numpy as np
 import torch
 
 
+MNIST = Path(__file__).parent / "mnist"
+
+
 class DataError(ValueError):
     """A data file is missing or not what it should be; the message names it and says what was expected."""
 
@@ -94,7 +97,20 @@ def dequantize(images):
 # ---------------------------------------------------------------------------------------------------------
 
 
-class Toy:
+class Density:
+    """A density whose log_prob is exact, and so its score."""
+
+    def score(self, x):
+        """∇_x log p(x).   (B, D) -> (B, D)"""
+        scores = []
+        for batch in x.detach().split(2000):
+            with torch.enable_grad():
+                batch = batch.requires_grad_()
+                scores.append(torch.autograd.grad(self.log_prob(batch).sum(), batch)[0])
+        return torch.cat(scores)
+
+
+class Toy(Density):
     """Points of a figure in the plane, each with noise N(0, 0.375² I), and the exact density of the sum:
 
         p(x) = Σ_k w_k p_1(x_1 | k) p_2(x_2 | k),      x_i | k ~ center_ki + U[-width/2, width/2] + N(0, std_i²)
@@ -123,15 +139,6 @@ class Toy:
         return torch.cat([
             torch.logsumexp(log_weights + log_smoothed_box(batch[:, None] - center, self.width, std).sum(2), dim=1)
             for batch in x.double().split(2000)]).to(x.dtype)  # (2000, K, 2) at a time
-
-    def score(self, x):
-        """∇_x log p(x).   (B, 2) -> (B, 2)"""
-        scores = []
-        for batch in x.detach().split(2000):
-            with torch.enable_grad():
-                batch = batch.requires_grad_()
-                scores.append(torch.autograd.grad(self.log_prob(batch).sum(), batch)[0])
-        return torch.cat(scores)
 
 
 def log_smoothed_box(d, width, std):
@@ -197,7 +204,7 @@ def gauss_legendre(n, a, b):
 # ---------------------------------------------------------------------------------------------------------
 
 
-class Mixture:
+class Mixture(Density):
     """p(x) = Σ_k w_k N(x; m_k, s_k² I), exact in any dimension.
 
     weights (K,), summing to 1; means (K, D); std a number or (K,)
@@ -222,12 +229,6 @@ class Mixture:
         log_constant = log_weights - means.shape[1] * (std * math.sqrt(2 * math.pi)).log()  # (K,)
         squares = torch.stack([(x.double() - m).square().sum(1) for m in means], dim=1)  # (B, K)
         return torch.logsumexp(log_constant - squares / (2 * std.square()), dim=1).to(x.dtype)
-
-    def score(self, x):
-        """∇_x log p(x).   (B, D) -> (B, D)"""
-        with torch.enable_grad():
-            x = x.detach().requires_grad_()
-            return torch.autograd.grad(self.log_prob(x).sum(), x)[0]
 
     def mode(self, x):
         """The nearest mean: to which mode x belongs, whatever weights a model gives them.   (B, D) -> (B,)"""

@@ -94,11 +94,13 @@ class EBFlow(nn.Module):
 
     @torch.no_grad()
     def initialize(self, x):
-        """Data-dependent start: hands each actnorm the batch that reaches it."""
+        """Data-dependent start: hands each linear layer the batch that reaches it."""
         for layer in self.layers:
-            if isinstance(layer, ActNorm | LinearPart):
+            if isinstance(layer, LinearLayer):
                 layer.initialize(x)
-            x = layer(x) if isinstance(layer, LinearLayer) else layer(x)[0]
+                x = layer(x)
+            else:
+                x = layer(x)[0]
 
     def _transform(self, x):
         """u = g(x) and Σ_{i∈S_n} log|det J_i|.   (B, *shape) -> (B, *shapes[-1]), (B,)"""

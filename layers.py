@@ -28,6 +28,9 @@ class LinearLayer(nn.Module):
     def output_shape(self, shape):
         return shape
 
+    def initialize(self, x):
+        """A data-dependent start, from the batch that reaches the layer; most have none."""
+
 
 class NonlinearLayer(nn.Module):
     """Any other transformation: i ∈ S_n."""
@@ -236,35 +239,6 @@ class Squeeze(LinearLayer):
         return torch.zeros((), dtype=torch.float64)
 
 
-class LinearPart(LinearLayer):
-    """A linear layer on the first channels; the others pass, split off to the prior (Glow's multi-scale architecture).
-
-    A later squeeze moves both parts, each within itself, so that the first half of the channels stays the first half.
-    x (B, C, H, W) -> y (B, C, H, W)
-    """
-
-    def __init__(self, layer, channels):
-        super().__init__()
-        self.layer, self.channels, self.cost = layer, channels, layer.cost
-
-    def output_shape(self, shape):
-        self.layer.output_shape((self.channels, *shape[1:]))
-        return shape
-
-    def initialize(self, x):
-        if isinstance(self.layer, ActNorm):
-            self.layer.initialize(x[:, :self.channels])
-
-    def forward(self, x):
-        return torch.cat([self.layer(x[:, :self.channels]), x[:, self.channels:]], dim=1)
-
-    def inverse(self, y):
-        return torch.cat([self.layer.inverse(y[:, :self.channels]), y[:, self.channels:]], dim=1)
-
-    def log_abs_det(self, shape):
-        return self.layer.log_abs_det((self.channels, *shape[1:]))
-
-
 class Standardize(LinearLayer):
     """y = (x - mean) / std with constants, numbers or tensors that broadcast to the event.
 
@@ -382,25 +356,6 @@ class AffineCoupling(NonlinearLayer):
         return self._join(y_a, (y_b - t) * (-log_s).exp())
 
 
-class NonlinearPart(NonlinearLayer):
-    """A non-linear layer on the first channels; the others pass. See LinearPart."""
-
-    def __init__(self, layer, channels):
-        super().__init__()
-        self.layer, self.channels = layer, channels
-
-    def output_shape(self, shape):
-        self.layer.output_shape((self.channels, *shape[1:]))
-        return shape
-
-    def forward(self, x):
-        y, log_abs_det = self.layer(x[:, :self.channels])
-        return torch.cat([y, x[:, self.channels:]], dim=1), log_abs_det
-
-    def inverse(self, y):
-        return torch.cat([self.layer.inverse(y[:, :self.channels]), y[:, self.channels:]], dim=1)
-
-
 class Logit(NonlinearLayer):
     """z = logit(y), y = (x + ε)(1 - 2ε), for x in [0, 1]: ε keeps y off the ends, where the slope diverges.
 
@@ -419,6 +374,49 @@ class Logit(NonlinearLayer):
 
     def inverse(self, z):
         return torch.sigmoid(z) / (1 - 2 * self.eps) - self.eps
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Either kind, on some of the channels
+# ---------------------------------------------------------------------------------------------------------
+
+
+class Part:
+    """A layer on the first channels; the others pass, split off to the prior (Glow's multi-scale architecture).
+
+    A later squeeze moves both parts, each within itself, so that the first half of the channels stays the first half.
+    x (B, C, H, W) -> y (B, C, H, W), and (B,) if the layer is a non-linear one
+    """
+
+    def __init__(self, layer, channels):
+        super().__init__()
+        self.layer, self.channels, self.cost = layer, channels, layer.cost
+
+    def output_shape(self, shape):
+        self.layer.output_shape((self.channels, *shape[1:]))
+        return shape
+
+    def inverse(self, y):
+        return torch.cat([self.layer.inverse(y[:, :self.channels]), y[:, self.channels:]], dim=1)
+
+
+class LinearPart(Part, LinearLayer):
+
+    def initialize(self, x):
+        self.layer.initialize(x[:, :self.channels])
+
+    def forward(self, x):
+        return torch.cat([self.layer(x[:, :self.channels]), x[:, self.channels:]], dim=1)
+
+    def log_abs_det(self, shape):
+        return self.layer.log_abs_det((self.channels, *shape[1:]))
+
+
+class NonlinearPart(Part, NonlinearLayer):
+
+    def forward(self, x):
+        y, log_abs_det = self.layer(x[:, :self.channels])
+        return torch.cat([y, x[:, self.channels:]], dim=1), log_abs_det
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -78,6 +78,11 @@ class Run:
             figure.savefig(file, format="png", dpi=150)
 
 
+def read_metrics(directory):
+    """The rows of a run's metrics.jsonl, a dict for each evaluated epoch."""
+    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+
+
 def read_checkpoint(path):
     """What `Run.save` wrote: a dict of config, state and metrics. Raises RunError where the file is missing or damaged."""
     try:

@@ -39,11 +39,11 @@ from evaluate_ebm import Exact, density, mixing, table, weights
 from layers import FullyConnected, Standardize
 from run import Run, RunError, one_line_errors
 from sampling import SamplingError, alternate
-from training import (MovingAverage, add_run_flags, add_settings, configuration, learning_rate, make_optimizer,
-                      pick_device, trainable, with_settings)
+from training import (OPTIMIZATION, MovingAverage, add_run_flags, add_settings, configuration, learning_rate,
+                      make_optimizer, pick_device, trainable, update, with_settings)
 
 # The settings that a flag of the same name changes.
-COMMON = dict(
+COMMON = OPTIMIZATION | dict(
     epochs=20,
     steps=50,            # of an epoch: updates of θ and of α
     chains=1000,
@@ -51,11 +51,8 @@ COMMON = dict(
     local_steps=5,       # of Langevin before each jump
     step_size=0.3,       # of Langevin at the start; it adapts to accept `target`
     target=0.574,
-    optimizer="adam",
     lr=2e-3,             # of θ, at its peak
     flow_lr=2e-3,        # of α
-    schedule="cosine",   # both rise over the first `warmup` of the run, then fall to 0
-    warmup=0.05,
     clip=10.0,           # largest norm of either gradient; 0: any
     ema_decay=0.99,      # θ̃ ← mθ̃ + (1-m)θ after each step, and the same for α
     energy_width=128,
@@ -158,16 +155,6 @@ def train_step(args, model, chains, step_size, x, optimizer, flow_optimizer):
 
 
 TRACE = ("loss", "grad_norm", "flow_loss", "flow_grad_norm", "acceptance", "flow_acceptance")
-
-
-def update(args, loss, optimizer):
-    """One step down the loss.   -> the loss and the norm of its gradient"""
-    parameters = optimizer.param_groups[0]["params"]
-    optimizer.zero_grad()
-    loss.backward(inputs=parameters)
-    norm = torch.nn.utils.clip_grad_norm_(parameters, args.clip or math.inf)
-    optimizer.step()
-    return loss.detach(), norm
 
 
 def train_epoch(args, epoch, model, average, chains, step_size, data, optimizers, bar):

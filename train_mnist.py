@@ -15,42 +15,37 @@ from pathlib import Path
 import torch
 from matplotlib.figure import Figure
 
-from data import DataError, dequantize, mnist
+from data import MNIST, DataError, dequantize, mnist
 from ebflow import EBFlow, cnn_flow, fc_flow, glow_flow, logit_preprocessing
 from layers import FullyConnected
 from run import Run, RunError, curves, one_line_errors, read_checkpoint
-from training import (MovingAverage, add_run_flags, add_settings, fast_matmul, fit, make_optimizer, pick_device,
-                      trainable, with_settings)
+from training import (OPTIMIZATION, MovingAverage, add_run_flags, add_settings, configuration, fast_matmul, fit,
+                      make_optimizer, pick_device, trainable, with_settings)
 
 # The settings that a flag of the same name changes. `--paper` takes the published ones instead.
-COMMON = dict(
+COMMON = OPTIMIZATION | dict(
     epochs=20,
     batch_size=100,
-    optimizer="adam",
     lr=1e-4,             # at its peak
-    schedule="cosine",   # rises over the first `warmup` of the run, then falls to 0; or the published "steps",
-    warmup=0.05,
-    decay=0.95,          # × this after each of the first 49 epochs
-    ema_decay=0.999,     # θ̃ ← mθ̃ + (1-m)θ after each step
-    clip=0.0,            # largest norm of the gradient; 0: any
-    weight_decay=0.0,    # of Adam
     s=1.0,               # the flow's datum is z = logit(x / 256) / s, which is then
     normalize="center",  # left ("none"), centred ("center"), given variance 1 ("scale") or covariance I ("whiten")
-    diagonal=1.0,        # initial weights of fc and cnn: diagonal · I
+)
+MATRICES = COMMON | dict(
+    diagonal=1.0,        # initial weights: diagonal · I
     bias=0.0,            # initial biases
     bend=1.5,            # where the activation bends (see SmoothLeakyReLU)
 )
 LOSSES = ["ml", "sml", "ssm", "dsm", "fdssm"]
 DEFAULTS = {
     "fc": {
-        "ml": COMMON | dict(lr=6e-3, batch_size=200, epochs=40, bend=0.0),
-        "sml": COMMON | dict(lr=3e-3, batch_size=200, epochs=25, bend=0.0, model_samples=400),
-        "ssm": COMMON | dict(epochs=10, normalize="whiten"),
-        "dsm": COMMON | dict(sigma=0.4),
-        "fdssm": COMMON | dict(batch_size=500, epochs=40, normalize="whiten", xi=1.0),
+        "ml": MATRICES | dict(lr=6e-3, batch_size=200, epochs=40, bend=0.0),
+        "sml": MATRICES | dict(lr=3e-3, batch_size=200, epochs=25, bend=0.0, model_samples=400),
+        "ssm": MATRICES | dict(epochs=10, normalize="whiten"),
+        "dsm": MATRICES | dict(sigma=0.4),
+        "fdssm": MATRICES | dict(batch_size=500, epochs=40, normalize="whiten", xi=1.0),
     },
 }
-CONVOLUTIONAL = COMMON | dict(epochs=5, normalize="scale", diagonal=0.6, bend=1.0)
+CONVOLUTIONAL = MATRICES | dict(epochs=5, normalize="scale", diagonal=0.6, bend=1.0)
 DEFAULTS["cnn"] = {
     "ml": CONVOLUTIONAL | dict(lr=1e-2),
     "sml": CONVOLUTIONAL | dict(lr=1e-2, model_samples=100),
@@ -58,7 +53,7 @@ DEFAULTS["cnn"] = {
     "dsm": CONVOLUTIONAL | dict(epochs=1, normalize="center", diagonal=-0.6, sigma=0.4),
     "fdssm": CONVOLUTIONAL | dict(epochs=1, normalize="center", diagonal=-0.6, xi=1.0),
 }
-GLOW = {k: v for k, v in COMMON.items() if k not in ("diagonal", "bias", "bend")} | dict(
+GLOW = COMMON | dict(
     epochs=5, lr=1e-3, normalize="scale", clip=500.0,
     width=32,            # channels of the couplings' networks; 512 as published, for a GPU
     depth=4,             # steps of a block; 16 as published
@@ -70,7 +65,7 @@ DEFAULTS["glow"] = {
     "dsm": GLOW | dict(normalize="center", sigma=0.4),
     "fdssm": GLOW | dict(normalize="center", xi=1.0),
 }
-PUBLISHED = COMMON | dict(epochs=50, optimizer="rmsprop", lr=1e-4, schedule="steps", normalize="none", diagonal=-1.0, bend=None)
+PUBLISHED = MATRICES | dict(epochs=50, optimizer="rmsprop", schedule="steps", normalize="none", diagonal=-1.0, bend=None)
 PAPER = {
     "fc": {
         "ml": PUBLISHED | dict(s=0.5, bias=1.0),
@@ -119,12 +114,13 @@ def build(args, images):
         whitening.weight.copy_(U @ (variances.rsqrt()[:, None] * U.T))  # symmetric: pixels stay pixels
         pre = EBFlow([*pre.layers, whitening], shape)
     try:
-        if args.arch == "glow":
+        if args.arch == "fc":
+            flow = fc_flow(*shape, diagonal=args.diagonal, bias=args.bias, bend=args.bend)
+        elif args.arch == "cnn":
+            flow = cnn_flow(shape, diagonal=args.diagonal, bias=args.bias, bend=args.bend)
+        else:
             flow = glow_flow(shape, args.width, args.depth)
             flow.initialize(pre(dequantize(images[:1000])))
-        else:
-            architecture = {"fc": lambda **start: fc_flow(*shape, **start), "cnn": lambda **start: cnn_flow(shape, **start)}
-            flow = architecture[args.arch](diagonal=args.diagonal, bias=args.bias, bend=args.bend)
     except ValueError as error:  # an image that does not squeeze
         raise RunError(f"--arch {args.arch} cannot take images of {images.shape[-2]}×{images.shape[-1]}: {error}") from None
     return pre, flow, EBFlow([*pre.layers, *flow.layers], shape)
@@ -163,7 +159,7 @@ def train(args):
     steps = len(splits[0]) // args.batch_size
     if steps == 0:
         raise RunError(f"{len(splits[0])} training images do not fill a batch of {args.batch_size}: lower --batch-size")
-    run = Run(args.out, configuration(args, splits), args.resume, args.overwrite)
+    run = Run(args.out, identity(args, splits), args.resume, args.overwrite)
     if run.state is None:
         print(image_model)
     train_set, val_set, test_set = (x.view(len(x), *flow.shape).to(device) for x in splits)  # bytes, on the device
@@ -225,13 +221,14 @@ def summary(metrics, best, directory):
     return "\n".join(f"{name:16}{value}" for name, value in rows)
 
 
-def configuration(args, splits):
-    """What decides the result: the settings and the data, but not the folder or the device."""
-    config = {k: v for k, v in vars(args).items() if k not in ("out", "data", "device", "resume", "overwrite")}
+def identity(args, splits):
+    """What decides the result: the settings, and the images themselves instead of their folder."""
     digest = hashlib.sha256()
     for split in splits:
         digest.update(split.numpy())
-    return config | {"images": list(splits[0].shape), "sha256": digest.hexdigest()}
+    config = configuration(args) | {"images": list(splits[0].shape), "sha256": digest.hexdigest()}
+    del config["data"]
+    return config
 
 
 def parse(argv=None):
@@ -241,7 +238,7 @@ def parse(argv=None):
     parser.add_argument("--arch", choices=list(DEFAULTS), default="fc")
     parser.add_argument("--paper", action="store_true", help="the published settings instead of the tuned ones")
     parser.add_argument("--map", action=on_off, default=True, help="match after pre-processing")
-    parser.add_argument("--data", default=Path(__file__).parent / "mnist", type=Path, help="directory of the IDX files")
+    parser.add_argument("--data", default=MNIST, type=Path, help="directory of the IDX files")
     parser.add_argument("--out", type=Path, help="directory of the run (runs/mnist-ARCH-LOSS)")
     add_run_flags(parser)
     tables = [settings for by_loss in DEFAULTS.values() for settings in by_loss.values()]

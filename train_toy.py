@@ -20,21 +20,15 @@ from matplotlib.figure import Figure
 from data import TOYS, Toy
 from ebflow import toy_flow
 from run import Run, curves, image, lattice, one_line_errors, whole
-from training import (MovingAverage, add_run_flags, add_settings, configuration, fit, make_optimizer, pick_device, trainable,
-                      with_settings)
+from training import (OPTIMIZATION, MovingAverage, add_run_flags, add_settings, configuration, fit, make_optimizer,
+                      pick_device, trainable, with_settings)
 
 # The settings that a flag of the same name changes.
-COMMON = dict(
+COMMON = OPTIMIZATION | dict(
     epochs=20,
     steps=250,           # of an epoch
     batch_size=512,      # fresh points in every step
-    optimizer="adam",
     lr=3e-3,             # at its peak
-    schedule="cosine",   # rises over the first `warmup` of the run, then falls to 0; or "steps",
-    warmup=0.05,
-    decay=0.95,          # × this after each epoch
-    ema_decay=0.999,     # θ̃ ← mθ̃ + (1-m)θ after each step
-    clip=0.0,            # largest norm of the gradient; 0: any
     blocks=10,           # of the flow
     width=64,            # of the couplings' networks
     start_smoothing=2.0,  # the points are smoothed by so much at first, and by the toy's own 0.375 when
@@ -137,7 +131,8 @@ def grid(cells, toys, objectives):
     figure = Figure(figsize=(2.1 * (1 + len(objectives)), 2.3 * len(toys)), layout="constrained")
     for axes_row, name in zip(figure.subplots(len(toys), 1 + len(objectives), squeeze=False), toys):
         toy = TOYS[name]()
-        x = truth(toy, 2000, -1, "cpu")[0]
+        torch.manual_seed(0)
+        x = toy.sample(2000)
         top = toy.log_prob(x).max().exp().item()
         image(axes_row[0], lambda x: toy.log_prob(x).exp(), x, vmin=0, vmax=top)
         axes_row[0].set_title(f"{name}, truth", fontsize="small")

@@ -12,6 +12,17 @@ from tqdm import tqdm
 import losses
 from run import RunError
 
+# The settings that every script has: its own table starts from these, and a flag of the same name changes them.
+OPTIMIZATION = dict(
+    optimizer="adam",
+    weight_decay=0.0,    # of Adam
+    schedule="cosine",   # rises over the first `warmup` of the run, then falls to 0; or the published "steps",
+    warmup=0.05,
+    decay=0.95,          # × this after each of the first 49 epochs
+    clip=0.0,            # largest norm of the gradient; 0: any
+    ema_decay=0.999,     # θ̃ ← mθ̃ + (1-m)θ after each step
+)
+
 
 def objective(args, model, x):
     """The loss of one batch.   (B, *shape) -> ()"""
@@ -33,20 +44,24 @@ def trainable(model):
 def make_optimizer(args, parameters):
     if args.optimizer == "rmsprop":
         return torch.optim.RMSprop(parameters, lr=args.lr)
-    return torch.optim.Adam(parameters, lr=args.lr, weight_decay=getattr(args, "weight_decay", 0.0), fused=True)
+    return torch.optim.Adam(parameters, lr=args.lr, weight_decay=args.weight_decay, fused=True)
 
 
 def train_step(args, model, x, optimizer):
     """One update of the parameters.   -> (2,): the loss and the norm of its gradient, still on the device"""
-    parameters = trainable(model)
-    loss = objective(args, model, x)
+    return torch.stack(update(args, objective(args, model, x), optimizer))
+
+
+def update(args, loss, optimizer):
+    """One step of the optimizer down the loss.   -> the loss and the norm of its gradient, () each"""
+    parameters = optimizer.param_groups[0]["params"]
     optimizer.zero_grad()
     # `inputs`: the noisy image is a leaf as well, and would be given a gradient that nobody reads. `backward`, not
     # `autograd.grad`: it lays the gradients out as the weights are, and fused Adam on a CPU takes that for granted.
     loss.backward(inputs=parameters)
     norm = torch.nn.utils.clip_grad_norm_(parameters, args.clip or math.inf)
     optimizer.step()
-    return torch.stack([loss.detach(), norm])
+    return loss.detach(), norm
 
 
 class MovingAverage:

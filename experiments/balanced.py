@@ -12,7 +12,6 @@ Source: Grenioux, Moulines, Gabrié (2023), the experiments on Gaussian mixtures
 import argparse
 import json
 import math
-import platform
 from pathlib import Path
 
 import torch
@@ -20,7 +19,8 @@ from matplotlib.figure import Figure
 
 import train_ebm
 from data import mixture
-from run import image
+from experiments import machine
+from run import image, read_checkpoint, read_metrics
 from training import configuration
 
 SAMPLERS = list(train_ebm.DEFAULTS)
@@ -35,26 +35,23 @@ def run(dim, sampler, seed, runs, flags=()):
     argv = ["--dim", str(dim), "--sampler", sampler, "--seed", str(seed), "--out", str(directory), *flags]
     args, config = train_ebm.parse(argv), directory / "config.json"
 
-    def metrics():
-        return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-
     try:
         if not config.exists():
             train_ebm.main(argv)
-        elif json.loads(config.read_text()) != configuration(args) or "test_nll" not in metrics()[-1]:
+        elif json.loads(config.read_text()) != configuration(args) or "test_nll" not in read_metrics(directory)[-1]:
             train_ebm.main([*argv, "--resume"])  # it refuses a run of other settings
     except SystemExit as stop:
         if "at epoch" not in str(stop.code):
             raise
         print(stop.code)  # training broke down, which is a result
-        return args, metrics(), stop.code
-    return args, metrics(), None
+        return args, read_metrics(directory), stop.code
+    return args, read_metrics(directory), None
 
 
 def trained(args):
     """The model of a run that is over."""
     model = train_ebm.make_model(args, mixture(args.dim).sample(5000))
-    state = torch.load(args.out / "checkpoint.pt", map_location="cpu", weights_only=True)["state"]
+    state = read_checkpoint(args.out / "checkpoint.pt")["state"]
     model.load_state_dict(state["average"]["model"] if args.ema else state["model"])
     return model
 
@@ -154,7 +151,7 @@ def main(argv=None):
     curves(table).savefig(a.results / "ebm-weights.png", dpi=120)
     path.write_text(json.dumps({
         "command": "python -m experiments.balanced", "flags": flags,
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
+        "machine": machine(),
         "runs": table}, indent=1) + "\n")
     print("\n".join(rows(table)))
 

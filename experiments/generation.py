@@ -14,10 +14,10 @@ from pathlib import Path
 import torch
 from matplotlib.figure import Figure
 
-from data import mnist
+from data import MNIST, mnist
 from run import one_line_errors
 from sampling import SamplingError, mala, tune
-from train_mnist import load, parse
+from train_mnist import load
 
 
 def experiment(a):
@@ -52,7 +52,7 @@ def experiment(a):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--run", type=Path, default=Path("runs/mnist-fc-ml"), help="directory of a trained model")
-    parser.add_argument("--data", type=Path, default=parse([]).data)
+    parser.add_argument("--data", type=Path, default=MNIST)
     parser.add_argument("--chains", type=int, default=8)
     parser.add_argument("--steps", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)

@@ -18,11 +18,11 @@ from pathlib import Path
 import torch
 from matplotlib.figure import Figure
 
-from data import dequantize, mnist
+from data import MNIST, dequantize, mnist
 from ebflow import EBFlow
 from run import one_line_errors
 from sampling import SamplingError, impute, tune
-from train_mnist import load, parse
+from train_mnist import load
 
 
 def masks(images):
@@ -54,7 +54,7 @@ def rmse(image, truth, mask):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--run", type=Path, default=Path("runs/mnist-fc-ml"), help="directory of a trained model")
-    parser.add_argument("--data", type=Path, default=parse([]).data)
+    parser.add_argument("--data", type=Path, default=MNIST)
     parser.add_argument("--digits", type=int, default=64, help="test images that the error is measured on")
     parser.add_argument("--draws", type=int, default=8)
     parser.add_argument("--steps", type=int, default=1000, help="of burn-in, and again as many after it")

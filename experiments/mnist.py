@@ -8,13 +8,13 @@ then writes results/mnist-fc.json, results/mnist-fc.png (NLL against time) and p
 
 import argparse
 import json
-import platform
 from pathlib import Path
 
-import torch
 from matplotlib.figure import Figure
 
 import train_mnist
+from experiments import machine
+from run import read_metrics
 
 
 def main(argv=None):
@@ -30,13 +30,13 @@ def main(argv=None):
         directory = a.runs / f"mnist-fc-{loss}"
         resume = ["--resume"] if (directory / "config.json").exists() else []  # it refuses a run of other settings
         train_mnist.main(["--loss", loss, "--out", str(directory), *resume])
-        metrics = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+        metrics = read_metrics(directory)
         last = metrics[-1]
         table[loss] = {"start_val_nll": metrics[0]["val_nll"], "val_nll": metrics[last["best_epoch"]]["val_nll"],
                        "test_nll": last["test_nll"], "test_bpd": last["test_bpd"], "minutes": last["seconds"] / 60,
                        "epochs": last["epoch"], "best_epoch": last["best_epoch"], "seed": 0,
                        "command": f"python train_mnist.py --loss {loss}",
-                       "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"}
+                       "machine": machine()}
         axes.plot([row["seconds"] / 60 for row in metrics], [row["val_nll"] for row in metrics], marker=".",
                   label=f"{loss}, {last['test_nll']:.1f} on the test split")
     axes.axhline(1092.4, color="k", lw=0.8, ls=":", label="ml in the paper, 1092.4 on the test split")

@@ -17,7 +17,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from data import mnist
+from data import MNIST, mnist
 from train_mnist import LOSSES, build, minibatch, parse
 from training import MovingAverage, fast_matmul, make_optimizer, train_step, trainable
 
@@ -71,7 +71,7 @@ def main(argv=None):
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     a = parser.parse_args(argv)
     device = torch.device(a.device)
-    images = mnist(parse([]).data)[0]
+    images = mnist(MNIST)[0]
     D = images[0].numel()
     x, W = torch.randn(a.batch_size, D, device=device), torch.randn(D, D, device=device)
     steps = {loss: training_step(loss, images, a.batch_size, device) for loss in LOSSES}

@@ -10,14 +10,13 @@ seeds on, the half-width of the 95 % interval of the mean (Student's t).
 import argparse
 import json
 import math
-import platform
 import shutil
 import statistics
 from pathlib import Path
 
-import torch
-
 import train_toy
+from experiments import machine
+from run import read_metrics
 
 STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}  # 97.5 % quantile with n - 1 degrees of freedom
 
@@ -41,7 +40,7 @@ def main(argv=None):
     table = []
     for toy in train_toy.TOYS:
         for loss in train_toy.DEFAULTS:
-            last = [json.loads((d / f"{toy}-{loss}" / "metrics.jsonl").read_text().splitlines()[-1]) for d in directories]
+            last = [read_metrics(d / f"{toy}-{loss}")[-1] for d in directories]
             row = {"data": toy, "loss": loss, "steps": last[0]["step"], "seeds": a.seeds,
                    "minutes": statistics.mean(r["seconds"] for r in last) / 60}
             for figure in ("kl", "fisher"):
@@ -49,8 +48,8 @@ def main(argv=None):
             table.append(row)
     a.results.mkdir(exist_ok=True)
     shutil.copy(directories[0] / "grid.png", a.results / "toys.png")
-    result = {"command": "python -m experiments.toys", "rows": table,
-              "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"}
+    result = {"command": f"python -m experiments.toys --seeds {a.seeds}", "rows": table,
+              "machine": machine()}
     (a.results / "toys.json").write_text(json.dumps(result, indent=2) + "\n")
     for row in table:
         kl, fisher = (f"{row[f]:.4f}" + (f" ± {row[f'{f}_95']:.4f}" if a.seeds > 1 else "") for f in ("kl", "fisher"))

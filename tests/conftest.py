@@ -1,5 +1,3 @@
-import json
-
 import pytest
 import torch
 
@@ -19,8 +17,3 @@ def failing(main):
         assert "\n" not in line
         return line
     return fails
-
-
-def rows(out):
-    """The metrics of a run, one dict for each evaluated epoch."""
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]

@@ -7,7 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from conftest import failing, rows
+from conftest import failing
+from run import read_metrics as rows
 import run
 import train_ebm
 from data import TOYS, Mixture, mixture
@@ -300,3 +301,8 @@ def test_a_run_that_breaks_down_is_a_row_of_the_table_and_not_its_end(tmp_path, 
     assert len(lines) == len(DEFAULTS) and all("(1 of 1 broke down)" in line for line in lines)
     runs = json.loads((tmp_path / "results" / "balanced.json").read_text())["runs"]
     assert all("at epoch 1" in row["stopped"] for row in runs)
+
+
+def test_every_schedule_runs(tmp_path):
+    main(arguments(tmp_path, "--schedule", "steps", "--decay", "0.5"))
+    assert len(rows(tmp_path)) > 1

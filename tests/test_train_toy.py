@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from conftest import failing, rows
+from conftest import failing
+from run import read_metrics as rows
 import run
 import training
 from data import TOYS, Toy
@@ -128,3 +129,8 @@ def test_a_step_runs_on_the_meta_device(loss):
     loss = training.objective(args, flow, torch.empty(16, 2, device="meta"))
     assert loss.is_meta
     loss.backward(inputs=training.trainable(flow))
+
+
+def test_every_schedule_runs(tmp_path):
+    main(arguments(tmp_path, "--schedule", "steps", "--optimizer", "rmsprop", "--lr", "1e-3"))
+    assert len(rows(tmp_path)) == 4
