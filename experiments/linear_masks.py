@@ -121,17 +121,21 @@ def main(argv=None):
     curves = {name: [fit(masks, a.steps, a.batch_size, a.lr, seed, every, name) for seed in range(a.seeds)]
               for name, masks in LAYERS.items()}
 
-    figure = Figure(figsize=(6.5, 3.8), layout="constrained")
-    axes = figure.subplots()
+    figure = Figure(figsize=(6.5, 4.2), layout="constrained")
+    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[6, 1])  # the axis is broken between them
     for i, (name, runs) in enumerate(curves.items()):
         for run in runs:
-            axes.plot([every * k for k in range(len(run))], run, color=f"C{i}", lw=1, alpha=0.8,
-                      label=f"{name}, {sum(r[-1] for r in runs) / len(runs):.2f}" if run is runs[0] else None)
-    axes.axhline(floor, color="k", ls=":", label=f"entropy, {floor:.2f}")
-    axes.set(xlabel="steps", ylabel="NLL (nats)", title="ten dimensions, flows of ten blocks",
-             ylim=(floor - 1, max(run[len(run) // 20] for runs in curves.values() for run in runs)))
-    axes.legend()
-    axes.grid(alpha=0.3)
+            top.plot([every * k for k in range(len(run))], run, color=f"C{i}", lw=1, alpha=0.8,
+                     label=f"{name}, {sum(r[-1] for r in runs) / len(runs):.2f}" if run is runs[0] else None)
+    last, early = ([run[k] for runs in curves.values() for run in runs] for k in (-1, len(runs[0]) // 20))
+    top.set(ylabel="NLL (nats)", title="ten dimensions, flows of ten blocks", ylim=(min(last) - 0.5, max(early)))
+    top.legend()
+    bottom.axhline(floor, color="k", ls=":", label=f"entropy, {floor:.2f}")
+    bottom.set(xlabel="steps", ylim=(floor - 1, floor + 1))
+    bottom.legend(loc="center right")
+    for axes, side in ((top, "bottom"), (bottom, "top")):
+        axes.spines[side].set_visible(False)
+        axes.grid(alpha=0.3)
     a.results.mkdir(exist_ok=True)
     figure.savefig(a.results / "linear-masks.png", dpi=150)
     result = {"entropy": floor, "entropy_se": error, "nll": {name: [run[-1] for run in runs] for name, runs in curves.items()},
