@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from conftest import failing
-from run import read_metrics as rows
+import losses
 import run
 import train_ebm
 from data import TOYS, Mixture, mixture
@@ -16,6 +16,8 @@ from ebflow import toy_flow
 from evaluate_ebm import Exact, mixing, table
 from experiments import balanced
 from run import RunError
+from run import read_metrics as rows
+from sampling import Report
 from train_ebm import DEFAULTS, Energy, Model, gaussian, main, make_model, parse, train_step
 
 FILES = {"checkpoint.pt", "config.json", "metrics.jsonl", "density.png", "weights.png"}
@@ -51,6 +53,37 @@ def test_with_the_flow_the_mode_weights_come_out_right_and_with_langevin_alone_t
     assert sum(row["tv"] for row in metrics["langevin"][6:]) > 5 * sum(row["tv"] for row in metrics["flow"][6:])
     assert flow["crossings"] > 5 * langevin["crossings"]
     assert langevin["autocorrelation_time"] > 3 * flow["autocorrelation_time"]
+
+
+def test_a_step_moves_theta_by_the_gradient_of_sml_and_alpha_by_that_of_ml_on_the_chains_where_they_went(monkeypatch):
+    args = parse(["--no-adjusted", "--clip", "0", "--energy-width", "8", "--blocks", "2", "--width", "8"])
+    x, before, after = torch.randn(40, 2), torch.randn(30, 2), 2 + torch.randn(30, 2)
+    model = make_model(args, x)
+    share = torch.full((30,), 0.5)
+    monkeypatch.setattr(train_ebm, "advance", lambda args, model, chains, step_size: (after, Report(0.1, None, share)))
+    parts = {"energy": model.energy.f, "flow": model.flow}
+    loss = {"energy": losses.sml(model.energy, x, after), "flow": losses.ml(model.flow.log_prob, after)}
+    expected = {name: [p - 0.1 * g for p, g in zip(part.parameters(), torch.autograd.grad(loss[name], [*part.parameters()]))]
+                for name, part in parts.items()}
+    optimizers = [torch.optim.SGD(part.parameters(), lr=0.1) for part in parts.values()]
+    chains, _, trace = train_step(args, model, before, torch.tensor(0.1), x, *optimizers)
+    assert chains is after and trace[0] == loss["energy"] and trace[2] == loss["flow"]
+    for name, part in parts.items():
+        torch.testing.assert_close([*part.parameters()], expected[name])
+
+
+@pytest.mark.parametrize("other", [["--seed", "0"], ["--seed", "1"]])
+def test_every_epoch_and_every_seed_draws_its_own_data(tmp_path, monkeypatch, other):
+    seen = []
+    sample = Mixture.sample
+    monkeypatch.setattr(Mixture, "sample", lambda self, n, *a, **k: seen.append(sample(self, n, *a, **k)) or seen[-1])
+    main(arguments(tmp_path / "a"))
+    first = [x for x in seen if len(x) == 64]  # of the training steps
+    assert len({x.sum().item() for x in first}) == len(first) == 5 + 3 * 4
+    seen.clear()
+    main(arguments(tmp_path / "b", *other))
+    again = [x for x in seen if len(x) == 64]
+    assert all(torch.equal(x, y) == (other == ["--seed", "0"]) for x, y in zip(first, again, strict=True))
 
 
 @pytest.mark.parametrize("sampler", DEFAULTS)

@@ -15,10 +15,11 @@ import pytest
 import torch
 
 from conftest import failing
-from run import read_metrics as rows
 from ebflow import EBFlow, fc_flow, logit_preprocessing
 from data import dequantize, mnist
+from layers import ActNorm, LinearLayer
 from training import MovingAverage, learning_rate, make_optimizer, train_step, trainable
+from run import read_metrics as rows
 from test_data import small_data_set
 import losses
 import training
@@ -155,6 +156,26 @@ def test_the_preprocessing_whitens_and_is_no_part_of_what_is_trained(data):
                                                             if p.requires_grad) == 2 * 16 * 17
     pre = build(parse(["--loss", "ml"]), images)[0]
     assert pre(dequantize(images.flatten(1))).mean(0).abs().max() < 0.5
+
+
+def test_scaled_pixels_have_mean_0_and_variance_1(data):
+    images = mnist(data)[0]
+    pre, _, _ = build(parse(["--arch", "cnn", "--loss", "ml"]), images)
+    z = pre(dequantize(images))
+    assert z.mean(0).abs().max() < 0.05 and (z.std(0) - 1).abs().max() < 0.05
+
+
+def test_a_glow_starts_with_every_actnorm_giving_mean_0_and_variance_1(data):
+    images = mnist(data)[0]
+    pre, flow, _ = build(parse(["--arch", "glow", "--loss", "ml", "--width", "4", "--depth", "2"]), images)
+    x, normalized = pre(dequantize(images)), 0
+    for layer in flow.layers:
+        x = layer(x) if isinstance(layer, LinearLayer) else layer(x)[0]
+        if isinstance(layer, ActNorm) or isinstance(getattr(layer, "layer", None), ActNorm):
+            y = x[:, :getattr(layer, "channels", x.shape[1])].transpose(0, 1).flatten(1)
+            assert y.mean(1).abs().max() < 0.1 and (y.std(1) - 1).abs().max() < 0.1
+            normalized += 1
+    assert normalized == 4
 
 
 def test_training_never_writes_over_a_run_by_accident(data, tmp_path, capsys):

@@ -4,12 +4,12 @@ import pytest
 import torch
 
 from conftest import failing
-from run import read_metrics as rows
 import run
 import training
 from data import TOYS, Toy
 from ebflow import EBFlow, toy_flow
 from layers import FullyConnected
+from run import read_metrics as rows
 from train_toy import DEFAULTS, divergences, main, parse, truth
 
 FILES = {"checkpoint.pt", "config.json", "curves.png", "metrics.jsonl", "density.png"}
@@ -134,3 +134,16 @@ def test_a_step_runs_on_the_meta_device(loss):
 def test_every_schedule_runs(tmp_path):
     main(arguments(tmp_path, "--schedule", "steps", "--optimizer", "rmsprop", "--lr", "1e-3"))
     assert len(rows(tmp_path)) == 4
+
+
+@pytest.mark.parametrize("other", [["--seed", "0"], ["--seed", "1"]])
+def test_every_epoch_and_every_seed_draws_its_own_points(tmp_path, monkeypatch, other):
+    seen = []
+    step = training.objective
+    monkeypatch.setattr(training, "objective", lambda args, model, x: seen.append(x) or step(args, model, x))
+    main(arguments(tmp_path / "a"))
+    first = list(seen)
+    assert len({x.sum().item() for x in first}) == len(first) == 30
+    seen.clear()
+    main(arguments(tmp_path / "b", *other))
+    assert all(torch.equal(x, y) == (other == ["--seed", "0"]) for x, y in zip(first, seen, strict=True))
