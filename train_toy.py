@@ -43,6 +43,7 @@ DEFAULTS = {
     "dsm": SCORE_MATCHING,
     "fdssm": SCORE_MATCHING | dict(xi=0.2),
 }
+BY_TOY = {"sine": dict(start_smoothing=2.0, anneal=0.5)}  # it does not wind, and can follow a faster fall
 
 
 def train(args):
@@ -173,7 +174,7 @@ def parse(argv=None):
     for toy in toys:
         for loss in objectives:
             args.data, args.loss = toy, loss
-            cell = with_settings(parser, args, DEFAULTS.values(), DEFAULTS[loss], strict=not several)
+            cell = with_settings(parser, args, DEFAULTS.values(), DEFAULTS[loss] | BY_TOY.get(toy, {}), strict=not several)
             cell.out = out / f"{toy}-{loss}" if several else out
             if cell.start_smoothing < Toy.smoothing:
                 parser.error(f"--start-smoothing must be {Toy.smoothing} at least, the smoothing of the toys")
