@@ -359,6 +359,8 @@ class AffineCoupling(NonlinearLayer):
 class Logit(NonlinearLayer):
     """z = logit(y), y = (x + ε)(1 - 2ε), for x in [0, 1]: ε keeps y off the ends, where the slope diverges.
 
+    An x outside, where dsm and fdssm may put it without MaP, counts as the end next to it.
+
     log|dz/dx| = log(1 - 2ε) - log y - log(1 - y)      x (B, …) -> z (B, …), (B,)
     """
 
@@ -367,7 +369,7 @@ class Logit(NonlinearLayer):
         self.eps = eps
 
     def forward(self, x):
-        y = (x + self.eps) * (1 - 2 * self.eps)
+        y = (x.clamp(0, 1) + self.eps) * (1 - 2 * self.eps)
         log_y, log_1my = torch.log(y), torch.log1p(-y)
         log_slope = math.log1p(-2 * self.eps) - log_y - log_1my
         return log_y - log_1my, log_slope.flatten(1).sum(1)

@@ -143,6 +143,13 @@ def minibatch(args, pre, images):
         return pre(x) if args.map else x
 
 
+def minibatches(args, pre, images):
+    """An epoch of the images in random order, without the last batch if it is not whole."""
+    for index in torch.randperm(len(images), device=images.device).split(args.batch_size):
+        if len(index) == args.batch_size:
+            yield minibatch(args, pre, images[index])
+
+
 @torch.no_grad()
 def evaluate(model, images):
     """NLL of the images in nats, with the exact log Z, under the same dequantisation noise at every call."""
@@ -164,15 +171,10 @@ def train(args):
         print(image_model)
     train_set, val_set, test_set = (x.view(len(x), *flow.shape).to(device) for x in splits)  # bytes, on the device
 
-    def minibatches(epoch):
-        order = torch.randperm(len(train_set), device=device)
-        for index in order.split(args.batch_size)[:steps]:
-            yield minibatch(args, pre, train_set[index])
-
     best = fit(args, run, image_model, MovingAverage(image_model, args.ema_decay),
                make_optimizer(args, trainable(image_model)),
                seen=flow if args.map else image_model,  # whose energy the objective sees
-               minibatches=minibatches, steps=steps, context=fast_matmul,
+               minibatches=lambda epoch: minibatches(args, pre, train_set), steps=steps, context=fast_matmul,
                evaluate=lambda model: likelihood("val", evaluate(model, val_set), flow.shape))
 
     image_model.load_state_dict(best["model"])

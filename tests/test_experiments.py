@@ -8,9 +8,10 @@ import torch
 from torch.func import jacrev, vmap
 
 import train_mnist
-from experiments import generation, imputation, linear_masks
+from experiments import ablation, generation, imputation, linear_masks
 from experiments.toys import interval
-from test_data import write_idx
+from run import read_metrics
+from test_data import small_data_set, write_idx
 
 
 @pytest.fixture
@@ -79,6 +80,30 @@ def test_a_run_that_is_not_there_is_one_line(tmp_path, main):
     with pytest.raises(SystemExit) as exit:
         main(["--run", str(tmp_path / "nothing")])
     assert "cannot read" in exit.value.code and "checkpoint.pt" in exit.value.code and "\n" not in exit.value.code
+
+
+def test_the_ablation_measures_what_train_mnist_does_and_goes_on_from_what_it_has(tmp_path, capsys):
+    data = small_data_set(tmp_path)
+    shared = ["--data", str(data), "--device", "cpu", "--epochs", "2", "--batch-size", "50"]
+    ablated = [*shared, "--results", str(tmp_path), "--seeds", "1"]
+    ablation.main(ablated)
+    first = (tmp_path / "ablation.json").read_text()
+    runs = json.loads(first)["runs"]
+    for flag, column in (("--ema", "EMA"), ("--no-ema", "no EMA")):
+        train_mnist.main([*shared, "--out", str(tmp_path / column), "--loss", "dsm", flag])
+        last = read_metrics(tmp_path / column)[-1]
+        assert last["best_epoch"] == 2  # the ablation takes the last
+        assert runs["dsm with MaP, seed 0"][column] == pytest.approx(last["test_nll"])
+    norms = {name: sum(run["norms"]) / len(run["norms"]) for name, run in runs.items()}
+    assert all(len(run["norms"]) == 10 for run in runs.values())
+    for loss in ablation.OBJECTIVES:
+        assert norms[f"{loss} without MaP, seed 0"] != norms[f"{loss} with MaP, seed 0"]
+    ablation.main(ablated)
+    assert (tmp_path / "ablation.json").read_text() == first and (tmp_path / "ablation.png").stat().st_size > 1000
+    assert ablation.rows(runs)[1] in capsys.readouterr().out
+    with pytest.raises(SystemExit) as exit:
+        ablation.main([*ablated, "--lr", "1e-3"])
+    assert "move it away" in exit.value.code
 
 
 def test_the_interval_is_student_s():

@@ -43,6 +43,9 @@ def test_the_logit_of_the_darkest_and_the_brightest_pixel_is_finite():
     z, log_slope = logit(x)
     assert z.isfinite().all() and log_slope.isfinite().all()
     torch.testing.assert_close(logit.inverse(z), x, rtol=0, atol=1e-6)
+    for noisy, end in ((-0.01, 0.0), (1.01, 1.0)):  # where the noise of dsm puts it without MaP
+        for a, b in zip(logit(torch.full((1, 1), noisy)), logit(torch.full((1, 1), end))):
+            assert torch.equal(a, b)
 
 
 def test_actnorm_starts_from_its_data():
