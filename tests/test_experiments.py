@@ -8,7 +8,7 @@ import torch
 from torch.func import jacrev, vmap
 
 import train_mnist
-from experiments import ablation, generation, imputation, linear_masks
+from experiments import ablation, determinant, generation, imputation, linear_masks
 from experiments.toys import interval
 from run import read_metrics
 from test_data import small_data_set, write_idx
@@ -110,3 +110,35 @@ def test_the_interval_is_student_s():
     mean, half = interval([1.0, 2.0, 3.0])
     assert mean == 2 and half == pytest.approx(4.303 / 3**0.5, rel=1e-3)
     assert interval([1.0]) == (1.0, None)
+
+
+def test_the_variance_of_the_importance_weights_is_the_closed_form_s():
+    """Of E_q[w]=1/|det W| and E_q[w²], w = p_u(Wx)/q(x), by many draws where the variance is small."""
+    W = torch.eye(3).double() + 0.1 * torch.randn(3, 3).double()
+    for fit in determinant.PROPOSALS.values():
+        q = determinant.Gaussian(0.9 * fit(W))  # off its best, so that there is something to see
+        x = q.sample(400_000)
+        exact = torch.distributions.MultivariateNormal(torch.zeros(3).double(), precision_matrix=q.L.T @ q.L)
+        torch.testing.assert_close(q.log_prob(x[:9]), exact.log_prob(x[:9]))
+        torch.testing.assert_close(x.T @ x / len(x), exact.covariance_matrix, rtol=0.02, atol=0.01)
+        w = (-0.5 * (x @ W.T).square().sum(1) - 1.5 * math.log(2 * math.pi) - q.log_prob(x)).exp()
+        assert w.mean().item() == pytest.approx(1 / torch.linalg.det(W).abs().item(), rel=0.01)
+        assert (w.var() / w.mean() ** 2).item() == pytest.approx(determinant.relative_variance(W, q.L), rel=0.05)
+    assert determinant.relative_variance(W, 2 * W) == math.inf
+
+
+def test_each_proposal_is_closer_than_the_one_before_and_the_fitted_one_finds_the_factor_of_w():
+    W = torch.eye(8).double() + 0.3 / 8**0.5 * torch.randn(8, 8).double()
+    isotropic, diagonal, fitted = (fit(W) for fit in determinant.PROPOSALS.values())
+    divergence = [0.5 * torch.linalg.solve_triangular(L.T, W.T, upper=True).square().sum() + L.diagonal().log().sum()
+                  for L in (isotropic, diagonal, fitted)]
+    assert divergence[0] > divergence[1] > divergence[2] + 0.05
+    torch.testing.assert_close(fitted.T @ fitted, W.T @ W, rtol=0, atol=0.02)
+
+
+def test_the_determinant_experiment_runs_and_its_error_is_the_predicted_one(tmp_path, capsys):
+    determinant.main(["--dims", "2", "4", "--dim", "4", "--samples", "200", "2000", "--c", "0.1", "--results", str(tmp_path)])
+    result = json.loads((tmp_path / "determinant.json").read_text())
+    assert (tmp_path / "determinant.png").stat().st_size > 1000
+    for row in result["by_samples"] + result["by_dimension"]:
+        assert 0.6 < row["rmse"] / determinant.predicted(row) < 1.6  # of 20 repeats

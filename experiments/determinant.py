@@ -1,0 +1,158 @@
+"""log|det W| without a determinant: the normalising constant of a linear layer by importance sampling.
+
+    python -m experiments.determinant
+
+E(x) = -log p_u(Wx) is an energy with Z = 1/|det W|, and any density q gives it as a mean (`sampling.py: log_z`),
+
+    1/|det W| = E_q[ p_u(Wx) / q(x) ]
+
+at O(D²) for each draw. Here q = N(0, (LᵀL)⁻¹), L lower triangular, so that q costs O(D²), too:
+
+    isotropic    L = √a I with a = ‖W‖²/D, in which KL(q‖p) is least
+    diagonal     L² = diag(WᵀW), likewise
+    fitted       any L, by stochastic gradient descent on KL(q‖p) = E_q[ ½‖Wx‖² ] + Σ log L_ii + const
+
+What an estimate is worth is known in closed form. With the eigenvalues λ_i of L⁻ᵀWᵀWL⁻¹, that is of the precision of p
+relative to that of q, the weights have the relative variance
+
+    Var[w] / E[w]² = Π λ_i / √(2λ_i - 1) - 1,      infinite as soon as one λ_i ≤ ½
+
+which grows exponentially with D unless the λ_i tend to 1. W = I + c G / √D with standard normal G.
+Writes results/determinant.png and results/determinant.json. Source: Chao et al. (2023), the estimate of Z by importance
+sampling; the variance is a Gaussian integral.
+"""
+
+import argparse
+import json
+import math
+from pathlib import Path
+
+import torch
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+from ebflow import EBFlow
+from experiments import machine
+from layers import FullyConnected
+from run import whole
+from sampling import log_z
+
+
+class Gaussian:
+    """q = N(0, (LᵀL)⁻¹) with a lower-triangular L of positive diagonal: what sampling.py asks of a flow."""
+
+    def __init__(self, L):
+        self.L = L
+
+    def sample(self, n):
+        u = torch.randn(n, len(self.L), dtype=self.L.dtype, device=self.L.device)
+        return torch.linalg.solve_triangular(self.L.T, u, upper=True, left=False)  # x Lᵀ = u
+
+    def log_prob(self, x):
+        D = len(self.L)
+        return -0.5 * (x @ self.L.T).square().sum(1) + self.L.diagonal().log().sum() - D / 2 * math.log(2 * math.pi)
+
+
+def isotropic(W):
+    return W.square().sum(0).mean().sqrt() * torch.eye(len(W)).to(W)
+
+
+def diagonal(W):
+    return W.square().sum(0).sqrt().diag()
+
+
+def fitted(W, steps=1500, batch_size=256, lr=0.02):
+    """L by Adam on KL(q‖p), from the diagonal one on: O(D²) for each draw."""
+    log_diagonal, below = diagonal(W).diagonal().log().requires_grad_(), torch.zeros_like(W).requires_grad_()
+    optimizer = torch.optim.Adam([log_diagonal, below])
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = lr / math.sqrt(len(W)) * 0.5 * (1 + math.cos(math.pi * step / steps))
+        L = below.tril(-1) + log_diagonal.exp().diag()
+        kl = 0.5 * (Gaussian(L).sample(batch_size) @ W.T).square().sum(1).mean() + log_diagonal.sum()
+        optimizer.zero_grad()
+        kl.backward()
+        optimizer.step()
+    return L.detach()
+
+
+PROPOSALS = {"isotropic": isotropic, "diagonal": diagonal, "fitted": fitted}
+
+
+def relative_variance(W, L):
+    """Var[w] / E[w]² of the importance weights in closed form, ∞ where one of the λ_i is ½ or less."""
+    ratio = torch.linalg.solve_triangular(L.T, W.T, upper=True)  # L⁻ᵀWᵀ, whose squared singular values are the λ_i
+    eigenvalues = torch.linalg.svdvals(ratio).square()
+    if eigenvalues.min() <= 0.5:
+        return math.inf
+    return torch.expm1((eigenvalues.log() - 0.5 * (2 * eigenvalues - 1).log()).sum()).item()
+
+
+def measure(D, c, name, n, repeats, seed=0):
+    """Estimates of log|det W| against the exact value.   -> a row of the table"""
+    torch.manual_seed(seed)
+    layer = FullyConnected(D).double().requires_grad_(False)
+    layer.weight += c / math.sqrt(D) * torch.randn(D, D, dtype=torch.float64)
+    L = PROPOSALS[name](layer.weight)
+    energy, exact = EBFlow([layer], (D,)).energy, layer.log_abs_det((D,)).item()
+    errors = torch.tensor([-log_z(energy, Gaussian(L), n).log_z - exact for _ in range(repeats)])
+    return {"D": D, "c": c, "q": name, "samples": n, "exact": exact, "bias": errors.mean().item(),
+            "rmse": errors.square().mean().sqrt().item(), "relative_variance": relative_variance(layer.weight, L)}
+
+
+def predicted(row):
+    """The standard error that the closed form gives, by the delta method: right where it is small."""
+    return math.sqrt(row["relative_variance"] / row["samples"])
+
+
+def picture(by_samples, by_dimension):
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    for axes, rows, key in ((left, by_samples, "samples"), (right, by_dimension, "D")):
+        for i, name in enumerate(PROPOSALS):
+            own = [row for row in rows if row["q"] == name]
+            axes.loglog([row[key] for row in own], [row["rmse"] for row in own], "o-", color=f"C{i}", ms=4, label=name)
+            axes.loglog([row[key] for row in own], [predicted(row) for row in own], ":", color=f"C{i}")
+        axes.grid(alpha=0.3)
+    D, n, c = by_samples[0]["D"], by_dimension[0]["samples"], by_samples[0]["c"]
+    left.set(xlabel="draws", ylabel="error of log|det W| (nats)", title=f"D = {D}, W = I + {c:g} G/√D",
+             ylim=(1e-4, 2 * max(row["rmse"] for row in by_dimension)))
+    right.set(xlabel="D", title=f"{n:,} draws (dotted: closed form)")
+    left.legend()
+    return figure
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--c", type=float, default=0.3, help="how far W is from the identity")
+    parser.add_argument("--dims", type=int, nargs="+", default=[2, 4, 8, 16, 32, 64, 128, 256, 512])
+    parser.add_argument("--samples", type=int, nargs="+", default=[100, 300, 1000, 3000, 10_000, 30_000])
+    parser.add_argument("--dim", type=int, default=64, help="of the figure against draws")
+    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--results", type=Path, default=Path("results"))
+    a = parser.parse_args(argv)
+    if min(*a.dims, a.dim, *a.samples, a.repeats) < 1:
+        parser.error("dimensions, draws and repeats must be positive")
+    n = sorted(a.samples)[len(a.samples) * 2 // 3]
+    with tqdm(total=len(PROPOSALS) * (len(a.samples) + len(a.dims)), dynamic_ncols=True) as bar:
+        def row(D, name, n):
+            bar.set_postfix(D=D, q=name)
+            result = measure(D, a.c, name, n, a.repeats)
+            bar.update()
+            return result
+
+        by_samples = [row(a.dim, name, n) for name in PROPOSALS for n in sorted(a.samples)]
+        by_dimension = [row(D, name, n) for name in PROPOSALS for D in sorted(a.dims)]
+    a.results.mkdir(exist_ok=True)
+    with whole(a.results / "determinant.png") as file:
+        picture(by_samples, by_dimension).savefig(file, format="png", dpi=150)
+    result = {"command": "python -m experiments.determinant", "machine": machine(), "by_samples": by_samples,
+              "by_dimension": by_dimension}
+    with whole(a.results / "determinant.json") as file:
+        file.write((json.dumps(result, indent=2) + "\n").encode())
+    for row in by_dimension:
+        print(f"D = {row['D']:4}  {row['q']:10} exact {row['exact']:8.3f}  error {row['rmse']:8.4f}  bias {row['bias']:8.4f}"
+              f"  closed form {predicted(row):.4f}")
+
+
+if __name__ == "__main__":
+    main()
