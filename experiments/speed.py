@@ -25,12 +25,14 @@ from training import MovingAverage, fast_matmul, make_optimizer, train_step, tra
 class FlopCounter(TorchDispatchMode):
     """Sums torch's own formulas. (Its FlopCounterMode hooks modules, which ∇_x within a loss does not survive.)"""
 
-    flops = 0
+    def __init__(self, formulas=flop_registry):
+        super().__init__()
+        self.flops, self.formulas = 0, formulas
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
-        if function.overloadpacket in flop_registry:
-            self.flops += flop_registry[function.overloadpacket](*args, **(kwargs or {}), out_val=out)
+        if function.overloadpacket in self.formulas:
+            self.flops += self.formulas[function.overloadpacket](*args, **(kwargs or {}), out_val=out)
         return out
 
 

@@ -1,0 +1,190 @@
+"""What a training step costs against D: time, memory and counted operations of every objective.
+
+    python -m experiments.runtime
+
+Fully-connected and convolutional flows on images of 16 to 64 pixels a side with one and three channels, random data. A step is
+objective, gradient and optimiser. The steps of one size are interleaved, so that a slow moment of the machine hits all
+of them, and medians are kept. Operations are counted on the device `meta`, where nothing is computed: products and convolutions
+by torch's own formulas, factorisations and solves by those below. A step that would take longer than --longest is counted only.
+
+Writes results/runtime-DEVICE.json after every size, and goes on from it; then results/runtime-DEVICE.png with the slopes
+of straight lines fitted to the logarithms. Source: Chao et al. (2023), the runtime comparison.
+"""
+
+import argparse
+import json
+import math
+import statistics
+import time
+from pathlib import Path
+
+import torch
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
+from torch.utils.flop_counter import flop_registry
+from tqdm import tqdm
+
+from ebflow import cnn_flow, fc_flow
+from experiments import machine
+from experiments.speed import FlopCounter, timed
+from run import RunError, one_line_errors, whole
+from train_mnist import LOSSES, parse
+from training import fast_matmul, make_optimizer, objective, pick_device, train_step, trainable
+
+# Operations of an n × n factorisation (⅔n³), and of a solve with it (2n² for each right-hand side).
+aten = torch.ops.aten
+FORMULAS = flop_registry | {
+    aten._linalg_slogdet: lambda A, **_: 2 * A.shape[-1] ** 2 * A.numel() // (3 * A.shape[-1]),
+    aten._linalg_solve_ex: lambda A, B, **_: 2 * A.shape[-1] ** 2 * A.numel() // (3 * A.shape[-1]) + 2 * A.shape[-1] * B.numel(),
+    aten.linalg_lu_solve: lambda LU, pivots, B, **_: 2 * LU.shape[-1] * B.numel(),
+    aten.linalg_solve_triangular: lambda A, B, **_: A.shape[-1] * B.numel(),
+}
+
+
+def build(arch, shape):
+    return fc_flow(math.prod(shape)) if arch == "fc" else cnn_flow(shape, diagonal=0.6)
+
+
+def arguments(arch, loss, batch_size):
+    args = parse(["--arch", arch, "--loss", loss, "--lr", "1e-8"])  # the weights stay what they are
+    args.model_samples = batch_size
+    return args
+
+
+def count(arch, shape, loss, batch_size):
+    """Operations of the objective and its gradient; nothing is computed."""
+    flow = build(arch, shape).to("meta")
+    with FlopCounter(FORMULAS) as counter:
+        value = objective(arguments(arch, loss, batch_size), flow, torch.randn(batch_size, *flow.shape, device="meta"))
+        value.backward(inputs=trainable(flow))
+    return counter.flops
+
+
+def peak_memory(function, device):
+    """MiB at the peak of a call, of the device or of the process (Linux; elsewhere None)."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        function()
+        return torch.cuda.max_memory_allocated() / 2**20
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return None
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak
+    function()
+    return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM")) / 2**10
+
+
+def measure(arch, shape, batch_size, device, rate, longest, seconds):
+    """A row for each objective. `rate`: operations per second, to tell which are too long to be timed."""
+    rows = {loss: {"arch": arch, "channels": shape[0], "side": shape[1], "D": math.prod(shape), "loss": loss,
+                   "operations": count(arch, shape, loss, batch_size), "ms": None, "peak_mib": None} for loss in LOSSES}
+    flow = build(arch, shape).to(device)
+    x = torch.randn(batch_size, *flow.shape, device=device)
+    args = {loss: arguments(arch, loss, batch_size) for loss in LOSSES if rows[loss]["operations"] < rate * longest}
+    if not args:
+        return [*rows.values()]
+    optimizer = make_optimizer(next(iter(args.values())), trainable(flow))  # one for all: they are never timed together
+    times = {loss: [] for loss in args}
+    with fast_matmul():
+        for loss in args:  # the first step of each is slower
+            rows[loss]["peak_mib"] = peak_memory(lambda: train_step(args[loss], flow, x, optimizer), device)
+        start = time.perf_counter()
+        while len(times[loss]) < 3 or (len(times[loss]) < 30 and time.perf_counter() - start < seconds):
+            for loss in args:
+                times[loss].append(timed(lambda: train_step(args[loss], flow, x, optimizer), device))
+    for loss in args:
+        rows[loss]["ms"] = 1e3 * statistics.median(times[loss])
+    return [*rows.values()]
+
+
+def slope(rows, key):
+    """The exponent of D in `key`, by least squares on the logarithms; None below three sizes."""
+    points = [(math.log(row["D"]), math.log(row[key])) for row in rows if row[key]]
+    return statistics.linear_regression(*zip(*points)).slope if len(points) > 2 else None
+
+
+def series(rows, arch):
+    """The sizes that one line can join: all of a fully-connected flow, those with as many channels of a convolutional one."""
+    own = sorted((row for row in rows if row["arch"] == arch), key=lambda row: row["D"])
+    if arch == "fc":
+        return {"": own}
+    return {f"{c} channel{'s' * (c > 1)}": [row for row in own if row["channels"] == c] for c in sorted({row["channels"] for row in own})}
+
+
+def picture(rows):
+    archs = sorted({row["arch"] for row in rows}, reverse=True)
+    figure = Figure(figsize=(10, 3.9 * len(archs)), layout="constrained")
+    for axes_row, arch in zip(figure.subplots(len(archs), 2, squeeze=False), archs):
+        for axes, key, label in zip(axes_row, ("operations", "ms"), ("operations in a step", "ms for a step")):
+            for i, loss in enumerate(LOSSES):
+                for style, (name, sizes) in zip(("o-", "s:"), series(rows, arch).items()):
+                    own = [row for row in sizes if row["loss"] == loss and row[key]]
+                    exponent = slope(own, key)
+                    power = f"  ∝ D^{exponent:.2f}" if exponent else ""
+                    axes.loglog([row["D"] for row in own], [row[key] for row in own], style, ms=4, lw=1, color=f"C{i}",
+                                label=" ".join(filter(None, (loss, name))) + power)
+            axes.set(xlabel="D", ylabel=label, title={"fc": "fully connected", "cnn": "convolutional"}[arch])
+            axes.xaxis.set_minor_formatter(NullFormatter())
+            axes.grid(alpha=0.3, which="both", axis="x")
+            axes.grid(alpha=0.3, axis="y")
+            axes.legend(fontsize="x-small", ncols=1 if arch == "fc" else 2)
+    return figure
+
+
+def table(rows):
+    """The README's rows: ms for a step by objective, and ml's time over dsm's."""
+    lines = []
+    for arch, channels, side in dict.fromkeys((row["arch"], row["channels"], row["side"]) for row in rows):
+        ms = {row["loss"]: row["ms"] for row in rows if (row["arch"], row["channels"], row["side"]) == (arch, channels, side)}
+        ratio = f"{ms['ml'] / ms['dsm']:.1f}" if ms["ml"] and ms["dsm"] else "–"
+        lines.append(f"| {arch} | {channels}×{side}×{side} | {channels * side**2:,} | "
+                     + " | ".join("–" if ms[loss] is None else f"{ms[loss]:,.1f}" for loss in LOSSES) + f" | {ratio} |")
+    return lines
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--archs", nargs="+", choices=["fc", "cnn"], default=["fc", "cnn"])
+    parser.add_argument("--channels", type=int, nargs="+", choices=[1, 3], default=[1, 3])
+    parser.add_argument("--sides", type=int, nargs="+", default=[16, 24, 32, 48, 64], help="multiples of 4, of the images")
+    parser.add_argument("--largest", type=int, default=7000, help="D, for the memory's sake")
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--longest", type=float, default=10.0, help="seconds of a step that is timed")
+    parser.add_argument("--seconds", type=float, default=25.0, help="for all steps of one size")
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    parser.add_argument("--results", type=Path, default=Path("results"))
+    a = parser.parse_args(argv)
+    if any(side < 4 or side % 4 for side in a.sides):
+        parser.error("--sides must be multiples of 4: the convolutional flow squeezes twice")
+    with one_line_errors(OSError):
+        device = pick_device(a.device)
+        a.results.mkdir(exist_ok=True)
+        path = a.results / f"runtime-{device.type}.json"
+        new = {"command": "python -m experiments.runtime", "machine": machine(), "batch_size": a.batch_size, "rows": []}
+        result = json.loads(path.read_text()) if path.exists() else new
+        if any(result[key] != new[key] for key in ("machine", "batch_size")):
+            raise RunError(f"{path} is of another machine or batch size: move it away, or name another --results")
+        x = torch.randn(1024, 1024, device=device)
+        timed(lambda: x @ x, device)
+        rate = 2 * 1024**3 / min(timed(lambda: x @ x, device) for _ in range(5))
+        sizes = sorted(((arch, c, side) for arch in a.archs for c in a.channels for side in a.sides if c * side**2 <= a.largest),
+                       key=lambda size: size[1] * size[2] ** 2)
+        for arch, c, side in tqdm(sizes, dynamic_ncols=True, unit=" sizes"):
+            if not any((row["arch"], row["channels"], row["side"]) == (arch, c, side) for row in result["rows"]):
+                result["rows"] += measure(arch, (c, side, side), a.batch_size, device, rate, a.longest, a.seconds)
+                with whole(path) as file:
+                    file.write((json.dumps(result, indent=1) + "\n").encode())
+        rows = sorted(result["rows"], key=lambda row: (row["arch"] != "fc", row["channels"], row["side"]))
+        with whole(a.results / f"runtime-{device.type}.png") as file:
+            picture(rows).savefig(file, format="png", dpi=150)
+        print("\n".join(table(rows)))
+        for arch in a.archs:
+            for name, sizes in series(rows, arch).items():
+                for key in ("operations", "ms"):
+                    exponents = {loss: slope([row for row in sizes if row["loss"] == loss], key) for loss in LOSSES}
+                    print(" ".join(filter(None, (arch, name, key))) + " ∝ D^x, x: "
+                          + ", ".join(f"{loss} {x:.2f}" for loss, x in exponents.items() if x is not None))
+
+
+if __name__ == "__main__":
+    main()
