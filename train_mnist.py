@@ -28,7 +28,8 @@ COMMON = OPTIMIZATION | dict(
     batch_size=100,
     lr=1e-4,             # at its peak
     s=1.0,               # the flow's datum is z = logit(x / 256) / s, which is then
-    normalize="center",  # left ("none"), centred ("center"), given variance 1 ("scale") or covariance I ("whiten")
+    normalize="center",  # left ("none"), centred by one number ("shift") or by pixel ("center"), and then
+                         # given variance 1 ("scale") or covariance I ("whiten")
 )
 MATRICES = COMMON | dict(
     diagonal=1.0,        # initial weights: diagonal · I
@@ -103,6 +104,7 @@ def build(args, images):
     pre = logit_preprocessing(shape, args.s)
     if args.normalize != "none":
         mean, covariance = moments(pre, images)
+        mean = mean.mean().expand_as(mean) if args.normalize == "shift" else mean
         std = covariance.diag().sqrt().view(shape) if args.normalize == "scale" else 1.0
         pre = logit_preprocessing(shape, args.s * std, mean=args.s * mean.view(shape))
     if args.normalize == "whiten":

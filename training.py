@@ -198,7 +198,8 @@ def checked(args, epoch, evaluate, model):
 
 
 def remedy(args):
-    knob = {"dsm": ", raise --sigma", "fdssm": ", raise --xi"}.get(args.loss, "")
+    knobs = [name for name in ("start_smoothing", "sigma", "xi") if hasattr(args, name)]
+    knob = f", raise --{knobs[0].replace('_', '-')}" if knobs else ""
     clip = f"lower --clip (it is {args.clip:g})" if args.clip else "set --clip"
     return f"lower --lr (it is {args.lr:g}), {clip}{knob}; the last checkpoint that was written is kept"
 
@@ -208,7 +209,7 @@ def remedy(args):
 # ---------------------------------------------------------------------------------------------------------
 
 
-CHOICES = {"optimizer": ["adam", "rmsprop"], "schedule": ["cosine", "steps"], "normalize": ["none", "center", "scale", "whiten"]}
+CHOICES = {"optimizer": ["adam", "rmsprop"], "schedule": ["cosine", "steps"], "normalize": ["none", "shift", "center", "scale", "whiten"]}
 
 
 def pick_device(name):

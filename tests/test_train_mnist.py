@@ -163,6 +163,9 @@ def test_scaled_pixels_have_mean_0_and_variance_1(data):
     pre, _, _ = build(parse(["--arch", "cnn", "--loss", "ml"]), images)
     z = pre(dequantize(images))
     assert z.mean(0).abs().max() < 0.05 and (z.std(0) - 1).abs().max() < 0.05
+    shifted = build(parse(["--arch", "cnn", "--normalize", "shift"]), images)[0](dequantize(images))
+    bare = build(parse(["--arch", "cnn", "--normalize", "none"]), images)[0](dequantize(images))
+    assert shifted.mean().abs() < 0.05 and ((bare - shifted) - (bare - shifted).mean()).abs().max() < 0.1  # of noise
 
 
 def test_a_glow_starts_with_every_actnorm_giving_mean_0_and_variance_1(data):
@@ -214,6 +217,7 @@ def test_resuming_nothing_is_an_error(data, tmp_path, capsys):
 def test_a_run_that_diverges_names_the_step_and_says_what_to_lower(data, tmp_path, capsys, loss):
     line = fails(capsys, *arguments(data, tmp_path, "--loss", loss, "--lr", "1e30", "--warmup", "0"))
     assert "epoch 1, step" in line and "lower --lr (it is 1e+30), set --clip" in line
+    assert ("raise --sigma" in line, "raise --xi" in line) == (loss == "dsm", loss == "fdssm")
     assert not (tmp_path / "checkpoint.pt").exists()
 
 

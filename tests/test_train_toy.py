@@ -118,6 +118,7 @@ def test_errors_are_one_line(tmp_path, capsys):
     assert "nothing to resume" in fails(capsys, *arguments(tmp_path / "none", "--resume"))
     line = fails(capsys, *arguments(tmp_path / "diverged", "--lr", "1e30", "--warmup", "0"))
     assert "epoch 1, step" in line and "lower --lr" in line
+    assert "raise --start-smoothing" in line and "--sigma" not in line  # its own flags only
 
 
 @pytest.mark.parametrize("loss", DEFAULTS)
