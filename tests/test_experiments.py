@@ -7,8 +7,10 @@ import pytest
 import torch
 from torch.func import jacrev, vmap
 
+import losses
 import train_mnist
-from experiments import ablation, determinant, generation, imputation, linear_masks
+from ebflow import fc_flow
+from experiments import ablation, determinant, generation, imputation, linear_masks, rivals
 from experiments.toys import interval
 from run import read_metrics
 from test_data import small_data_set, write_idx
@@ -142,3 +144,56 @@ def test_the_determinant_experiment_runs_and_its_error_is_the_predicted_one(tmp_
     assert (tmp_path / "determinant.png").stat().st_size > 1000
     for row in result["by_samples"] + result["by_dimension"]:
         assert 0.6 < row["rmse"] / determinant.predicted(row) < 1.6  # of 20 repeats
+
+
+def some_flow():
+    flow = fc_flow(6, bend=1.0)
+    with torch.no_grad():
+        for p in flow.parameters():
+            p.add_(0.2 * torch.randn_like(p))
+    return flow
+
+
+def test_the_relative_gradient_is_that_of_maximum_likelihood_times_w_transposed_w(float64):
+    flow, x = some_flow(), torch.randn(9, 6)
+    exact = torch.autograd.grad(losses.ml(flow.log_prob, x), [*flow.parameters()])
+    relative = torch.autograd.grad(rivals.Relative(flow)(x), [*flow.parameters()])
+    for p, e, r in zip(flow.parameters(), exact, relative):
+        torch.testing.assert_close(r, e @ p.T @ p if p.dim() == 2 else e)
+
+
+def test_self_normalizing_has_the_gradient_of_maximum_likelihood_where_its_inverses_are_exact_and_learns_them_elsewhere(float64):
+    flow, x = some_flow(), torch.randn(9, 6)
+    loss = rivals.SelfNormalizing(flow, lam=1.0)
+    exact = torch.autograd.grad(losses.ml(flow.log_prob, x), [*flow.parameters()])
+    torch.testing.assert_close(torch.autograd.grad(loss(x), [*flow.parameters()]), exact)
+    W, x = flow.layers[0].weight, torch.randn(500, 6)
+    with torch.no_grad():
+        W.add_(0.1 * torch.randn_like(W))
+    optimizer = torch.optim.Adam(loss.inverses.parameters(), lr=0.01)
+    for _ in range(500):
+        optimizer.zero_grad()
+        loss(x).backward(inputs=[*loss.inverses])
+        optimizer.step()
+    torch.testing.assert_close(loss.inverses[0] @ W, torch.eye(6), atol=1e-2, rtol=0)
+
+
+def test_the_rivals_run_and_go_on_from_what_they_have(tmp_path, capsys):
+    data = small_data_set(tmp_path)
+    shared = ["--data", str(data), "--results", str(tmp_path), "--every", "3", "--epochs", "2", "--batch-size", "50", "--device", "cpu",
+              "--lr", "1e-3"]
+    rivals.main(shared)
+    path = tmp_path / "rivals.json"
+    first = path.read_text()
+    runs = json.loads(first)["runs"]
+    assert set(runs) == set(rivals.METHODS)
+    for run in runs.values():
+        assert [step for step, _, _ in run["curve"]] == [0, 3, 6, 9, 10] and run["broke"] is None
+        assert run["curve"][-1][2] < run["curve"][0][2]  # the NLL
+    rivals.main(shared)
+    assert path.read_text() == first and rivals.rows(runs)[2] in capsys.readouterr().out
+    assert (tmp_path / "rivals.png").stat().st_size > 1000
+    assert rivals.reached([(0, 0.0, 9.0), (1, 2.0, 4.0)], 5) == 2 and rivals.reached([(0, 0.0, 9.0)], 5) is None
+    with pytest.raises(SystemExit) as exit:
+        rivals.main([*shared, "--seed", "1"])
+    assert "move it away" in exit.value.code
