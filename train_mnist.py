@@ -37,22 +37,24 @@ MATRICES = COMMON | dict(
     bend=1.5,            # where the activation bends (see SmoothLeakyReLU)
 )
 LOSSES = ["ml", "sml", "ssm", "dsm", "fdssm"]
+SLICED = dict(noise=0.0)  # added to what ssm and fdssm see, as σ of dsm is: they then learn the smoothed density, too
 DEFAULTS = {
     "fc": {
         "ml": MATRICES | dict(lr=6e-3, batch_size=200, epochs=40, bend=0.0),
         "sml": MATRICES | dict(lr=3e-3, batch_size=200, epochs=25, bend=0.0, model_samples=400),
-        "ssm": MATRICES | dict(epochs=10, normalize="whiten"),
+        "ssm": MATRICES | SLICED | dict(epochs=10, normalize="whiten"),
         "dsm": MATRICES | dict(sigma=0.4),
-        "fdssm": MATRICES | dict(batch_size=500, epochs=40, normalize="whiten", xi=1.0),
+        "fdssm": MATRICES | SLICED | dict(batch_size=500, epochs=40, normalize="whiten", xi=1.0),
     },
 }
-CONVOLUTIONAL = MATRICES | dict(epochs=5, normalize="scale", diagonal=0.6, bend=1.0)
+LIKELY = MATRICES | dict(epochs=5, lr=1e-2, normalize="scale", diagonal=0.6, bend=1.0)
+MATCHED = MATRICES | dict(epochs=10, lr=7e-4, normalize="shift", diagonal=-0.6, bend=0.0)
 DEFAULTS["cnn"] = {
-    "ml": CONVOLUTIONAL | dict(lr=1e-2),
-    "sml": CONVOLUTIONAL | dict(lr=1e-2, model_samples=100),
-    "ssm": CONVOLUTIONAL | dict(epochs=1, normalize="center", diagonal=-0.6),
-    "dsm": CONVOLUTIONAL | dict(epochs=1, normalize="center", diagonal=-0.6, sigma=0.4),
-    "fdssm": CONVOLUTIONAL | dict(epochs=1, normalize="center", diagonal=-0.6, xi=1.0),
+    "ml": LIKELY,
+    "sml": LIKELY | dict(model_samples=100),
+    "ssm": MATCHED | dict(noise=0.4),
+    "dsm": MATCHED | dict(sigma=0.4),
+    "fdssm": MATCHED | dict(batch_size=400, noise=0.4, xi=0.5),
 }
 GLOW = COMMON | dict(
     epochs=5, lr=1e-3, normalize="scale", clip=500.0,
@@ -62,34 +64,34 @@ GLOW = COMMON | dict(
 DEFAULTS["glow"] = {
     "ml": GLOW,
     "sml": GLOW | dict(model_samples=100),
-    "ssm": GLOW | dict(normalize="center"),
+    "ssm": GLOW | dict(normalize="center", noise=0.4),
     "dsm": GLOW | dict(normalize="center", sigma=0.4),
-    "fdssm": GLOW | dict(normalize="center", xi=1.0),
+    "fdssm": GLOW | dict(normalize="center", noise=0.4, xi=1.0),
 }
 PUBLISHED = MATRICES | dict(epochs=50, optimizer="rmsprop", schedule="steps", normalize="none", diagonal=-1.0, bend=None)
 PAPER = {
     "fc": {
         "ml": PUBLISHED | dict(s=0.5, bias=1.0),
         "sml": PUBLISHED | dict(s=0.5, bias=1.0, model_samples=100),
-        "ssm": PUBLISHED | dict(s=0.5, bias=1.0),
+        "ssm": PUBLISHED | SLICED | dict(s=0.5, bias=1.0),
         "dsm": PUBLISHED | dict(s=0.5, bias=1.0, sigma=1.0),
-        "fdssm": PUBLISHED | dict(s=0.5, bias=1.0, xi=1.0, clip=5.0),
+        "fdssm": PUBLISHED | SLICED | dict(s=0.5, bias=1.0, xi=1.0, clip=5.0),
     },
     "cnn": {
         "ml": PUBLISHED | dict(s=0.75, bias=0.01, decay=0.925),
         "sml": PUBLISHED | dict(s=0.75, bias=0.01, decay=0.925, model_samples=100),
-        "ssm": PUBLISHED | dict(s=0.75, bias=0.01),
+        "ssm": PUBLISHED | SLICED | dict(s=0.75, bias=0.01),
         "dsm": PUBLISHED | dict(s=0.75, bias=0.01, sigma=0.1),
-        "fdssm": PUBLISHED | dict(s=0.75, bias=0.01, xi=0.1, clip=5.0),
+        "fdssm": PUBLISHED | SLICED | dict(s=0.75, bias=0.01, xi=0.1, clip=5.0),
     },
 }
 PUBLISHED_GLOW = GLOW | dict(lr=1e-5, weight_decay=0.1, normalize="none", width=512, depth=16, schedule="steps", decay=1.0)
 PAPER["glow"] = {
     "ml": PUBLISHED_GLOW,
     "sml": PUBLISHED_GLOW | dict(model_samples=100),
-    "ssm": PUBLISHED_GLOW,
+    "ssm": PUBLISHED_GLOW | SLICED,
     "dsm": PUBLISHED_GLOW | dict(sigma=0.1),
-    "fdssm": PUBLISHED_GLOW | dict(xi=0.1),
+    "fdssm": PUBLISHED_GLOW | SLICED | dict(xi=0.1),
 }
 
 
@@ -142,7 +144,9 @@ def minibatch(args, pre, images):
     """What the objective sees of some images: x, or with MaP (match after pre-processing) z.   uint8 -> float"""
     with torch.no_grad():
         x = dequantize(images)
-        return pre(x) if args.map else x
+        x = pre(x) if args.map else x
+        noise = getattr(args, "noise", 0.0)
+        return x + noise * torch.randn_like(x) if noise else x
 
 
 def minibatches(args, pre, images):

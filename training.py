@@ -271,5 +271,5 @@ def check_range(parser, args):
             parser.error(f"{flag} must be positive, not {value}")
         if name in ("warmup", "ema_decay", "target") and not 0 <= value < 1:
             parser.error(f"{flag} must lie in [0, 1), not {value}")
-        if name in ("clip", "seed", "start_steps", "weight_decay") and not 0 <= value < 2**32:
+        if name in ("clip", "seed", "start_steps", "weight_decay", "noise") and not 0 <= value < 2**32:
             parser.error(f"{flag} must lie in [0, 2³²), not {value}")

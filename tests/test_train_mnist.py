@@ -158,6 +158,15 @@ def test_the_preprocessing_whitens_and_is_no_part_of_what_is_trained(data):
     assert pre(dequantize(images.flatten(1))).mean(0).abs().max() < 0.5
 
 
+def test_the_sliced_objectives_see_their_points_under_noise(data):
+    images = mnist(data)[0]
+    seen = []
+    for noise in ("0", "2"):
+        args = parse(["--loss", "ssm", "--normalize", "center", "--noise", noise])
+        seen.append(minibatch(args, build(args, images)[0], images.flatten(1)))
+    assert (seen[1].var() - seen[0].var() - 4).abs() < 0.3
+
+
 def test_scaled_pixels_have_mean_0_and_variance_1(data):
     images = mnist(data)[0]
     pre, _, _ = build(parse(["--arch", "cnn", "--loss", "ml"]), images)
