@@ -48,13 +48,13 @@ DEFAULTS = {
     },
 }
 LIKELY = MATRICES | dict(epochs=5, lr=1e-2, normalize="scale", diagonal=0.6, bend=1.0)
-MATCHED = MATRICES | dict(epochs=10, lr=7e-4, normalize="shift", diagonal=-0.6, bend=0.0)
+MATCHED = MATRICES | dict(epochs=6, lr=5e-4, normalize="shift", diagonal=-0.6, bend=0.0)
 DEFAULTS["cnn"] = {
     "ml": LIKELY,
     "sml": LIKELY | dict(model_samples=100),
-    "ssm": MATCHED | dict(noise=0.4),
+    "ssm": MATCHED | dict(epochs=8, noise=0.4),
     "dsm": MATCHED | dict(sigma=0.4),
-    "fdssm": MATCHED | dict(batch_size=400, noise=0.4, xi=0.5),
+    "fdssm": MATCHED | dict(batch_size=400, epochs=40, noise=0.4, xi=0.5),
 }
 GLOW = COMMON | dict(
     epochs=5, lr=1e-3, normalize="scale", clip=500.0,
