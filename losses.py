@@ -51,7 +51,7 @@ def ssm(energy, x, v=None):
     v like x: random signs (any v with E[v vᵀ] = I is right).
     """
     if v is None:
-        v = torch.randint(0, 2, x.shape, device=x.device).to(x.dtype) * 2 - 1
+        v = rademacher(x)
     x, grad = _grad(energy, x)
     Hv, = torch.autograd.grad(_dot(grad, v).sum(), x, create_graph=True)
     return (0.5 * _dot(grad, grad) - _dot(v, Hv)).mean()
@@ -65,8 +65,7 @@ def fdssm(energy, x, xi, eps=None):
     eps like x, of norm ξ for each sample. The three energies are one batch: three forward passes, one backward.
     """
     if eps is None:
-        eps = torch.randn_like(x)
-        eps = eps * (xi / eps.flatten(1).norm(dim=1)).view(-1, *[1] * (x.dim() - 1))
+        eps = on_sphere(x, xi)
     D = x[0].numel()
     E, E_plus, E_minus = energy(torch.cat([x, x + eps, x - eps])).chunk(3)
     return D / xi**2 * (2 * E - E_plus - E_minus + (E_plus - E_minus).square() / 8).mean()
@@ -83,6 +82,17 @@ def dsm(energy, x, sigma, noise=None):
     _, grad = _grad(energy, x + sigma * noise)
     residual = grad - noise / sigma
     return 0.5 * _dot(residual, residual).mean()
+
+
+def rademacher(x):
+    """Random signs.   like x"""
+    return torch.randint(0, 2, x.shape, device=x.device).to(x.dtype) * 2 - 1
+
+
+def on_sphere(x, radius):
+    """Uniform on the sphere ‖ε‖ = radius, for each sample.   like x"""
+    eps = torch.randn_like(x)
+    return eps * (radius / eps.flatten(1).norm(dim=1)).view(-1, *[1] * (x.dim() - 1))
 
 
 def _grad(energy, x):

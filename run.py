@@ -12,6 +12,8 @@ import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from processes import rank
+
 
 class RunError(Exception):
     """Something the user can put right; the message is one line and says how."""
@@ -24,7 +26,8 @@ class Run:
     resume     go on from the checkpoint, whose settings must be these
     overwrite  drop the run that the directory holds
 
-    `state` is what the last checkpoint holds, None at the beginning; `metrics` a list of rows. Raises RunError.
+    `state` is what the last checkpoint holds, None at the beginning; `metrics` a list of rows. Of several processes
+    (see processes.py) all read, and the first one writes. Raises RunError.
     """
 
     def __init__(self, directory, config, resume=False, overwrite=False):
@@ -36,7 +39,7 @@ class Run:
             self.directory.mkdir(parents=True, exist_ok=True)
             if resume:
                 self._load(checkpoint)
-            elif any((self.directory / name).exists() for name in ("config.json", "checkpoint.pt")):
+            elif rank() == 0 and any((self.directory / name).exists() for name in ("config.json", "checkpoint.pt")):
                 if not overwrite:
                     raise RunError(f"{self.directory} already holds a run: continue it with --resume, "
                                    "replace it with --overwrite, or name another --out")
@@ -61,6 +64,8 @@ class Run:
 
     def save(self, state):
         """Writes the checkpoint, then the metrics log that belongs to it."""
+        if rank() > 0:
+            return
         checkpoint = {"config": self.config, "state": state, "metrics": self.metrics}
         with whole(self.directory / "checkpoint.pt") as file:
             torch.save(checkpoint, file)
@@ -70,12 +75,14 @@ class Run:
         self.write("metrics.jsonl", "".join(json.dumps(row) + "\n" for row in self.metrics).encode())
 
     def write(self, name, data):
-        with whole(self.directory / name) as file:
-            file.write(data)
+        if rank() == 0:
+            with whole(self.directory / name) as file:
+                file.write(data)
 
     def picture(self, name, figure):
-        with whole(self.directory / name) as file:
-            figure.savefig(file, format="png", dpi=150)
+        if rank() == 0:
+            with whole(self.directory / name) as file:
+                figure.savefig(file, format="png", dpi=150)
 
 
 def read_metrics(directory):

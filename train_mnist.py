@@ -4,7 +4,8 @@
 
 One run fills one directory: curves.png, samples.png, metrics.jsonl, config.json, and checkpoint.pt, from which
 --resume goes on. NLL is that of images in [0, 256)^D, in nats; bits/dim = NLL / (D ln 2). The validation split
-decides which epoch is kept; the test split is read once, at the end.
+decides which epoch is kept; the test split is read once, at the end. Under torchrun several GPUs or processes share
+every batch (processes.py).
 """
 
 import argparse
@@ -15,6 +16,7 @@ from pathlib import Path
 import torch
 from matplotlib.figure import Figure
 
+import processes
 from data import MNIST, DataError, dequantize, mnist
 from ebflow import EBFlow, cnn_flow, fc_flow, glow_flow, logit_preprocessing
 from layers import FullyConnected
@@ -164,16 +166,19 @@ def evaluate(model, images):
     return (energy / len(images) + model.log_z()).item()
 
 
-def train(args):
-    device = pick_device(args.device)
+def train(args, device):
     splits = mnist(args.data)
     torch.manual_seed(args.seed)
     pre, flow, image_model = (part.to(device) for part in build(args, splits[0]))
     steps = len(splits[0]) // args.batch_size
     if steps == 0:
         raise RunError(f"{len(splits[0])} training images do not fill a batch of {args.batch_size}: lower --batch-size")
+    sizes = {"--batch-size": args.batch_size, "--model-samples": getattr(args, "model_samples", 0)}
+    for flag, size in sizes.items():
+        if size % processes.count():
+            raise RunError(f"{processes.count()} processes cannot share {flag} {size} alike: take a multiple")
     run = Run(args.out, identity(args, splits), args.resume, args.overwrite)
-    if run.state is None:
+    if run.state is None and processes.rank() == 0:
         print(image_model)
     train_set, val_set, test_set = (x.view(len(x), *flow.shape).to(device) for x in splits)  # bytes, on the device
 
@@ -189,7 +194,8 @@ def train(args):
     run.write_metrics()
     run.picture("curves.png", curves(run.metrics, args.loss))
     run.picture("samples.png", samples(image_model, splits[0].shape[1:]))
-    print(summary(run.metrics, best, run.directory))
+    if processes.rank() == 0:
+        print(summary(run.metrics, best, run.directory))
 
 
 def load(directory, images):
@@ -263,7 +269,9 @@ def parse(argv=None):
 def main(argv=None):
     args = parse(argv)
     with one_line_errors(DataError, torch.linalg.LinAlgError):
-        train(args)
+        device = pick_device(args.device)
+        with processes.joined(device):
+            train(args, device)
 
 
 if __name__ == "__main__":

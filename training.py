@@ -4,12 +4,14 @@ import argparse
 import contextlib
 import copy
 import math
+import os
 import time
 
 import torch
 from tqdm import tqdm
 
 import losses
+import processes
 from run import RunError
 
 # The settings that every script has: its own table starts from these, and a flag of the same name changes them.
@@ -25,16 +27,17 @@ OPTIMIZATION = dict(
 
 
 def objective(args, model, x):
-    """The loss of one batch.   (B, *shape) -> ()"""
+    """The loss of one batch, or of this process's share of it (see processes.py).   (B, *shape) -> ()"""
+    mine = processes.share(len(x))  # of the random numbers, too: all processes draw those of the whole batch
     if args.loss == "ml":
-        return losses.ml(model.log_prob, x)
+        return losses.ml(model.log_prob, x[mine])
     if args.loss == "sml":
-        return losses.sml(model.energy, x, model.sample(args.model_samples))
+        return losses.sml(model.energy, x[mine], model.sample(args.model_samples)[processes.share(args.model_samples)])
     if args.loss == "ssm":
-        return losses.ssm(model.energy, x)
+        return losses.ssm(model.energy, x[mine], losses.rademacher(x)[mine])
     if args.loss == "dsm":
-        return losses.dsm(model.energy, x, args.sigma)
-    return losses.fdssm(model.energy, x, args.xi)
+        return losses.dsm(model.energy, x[mine], args.sigma, torch.randn_like(x)[mine])
+    return losses.fdssm(model.energy, x[mine], args.xi, losses.on_sphere(x, args.xi)[mine])
 
 
 def trainable(model):
@@ -59,9 +62,10 @@ def update(args, loss, optimizer):
     # `inputs`: the noisy image is a leaf as well, and would be given a gradient that nobody reads. `backward`, not
     # `autograd.grad`: it lays the gradients out as the weights are, and fused Adam on a CPU takes that for granted.
     loss.backward(inputs=parameters)
+    loss = processes.average(loss.detach(), parameters)
     norm = torch.nn.utils.clip_grad_norm_(parameters, args.clip or math.inf)
     optimizer.step()
-    return loss.detach(), norm
+    return loss, norm
 
 
 class MovingAverage:
@@ -128,7 +132,8 @@ def fit(args, run, model, average, optimizer, seen, minibatches, steps, evaluate
         done, best, seconds = 0, {"val_nll": math.inf}, 0.0
         run.metrics.append({"epoch": 0, "step": 0, "loss": None, **checked(args, 0, evaluate, evaluated),
                             "seconds": 0.0, "batches_per_second": None})  # what the start alone is worth
-    with tqdm(total=args.epochs * steps, initial=done * steps, unit=" batches", dynamic_ncols=True) as bar:
+    with tqdm(total=args.epochs * steps, initial=done * steps, unit=" batches", dynamic_ncols=True,
+              disable=processes.rank() > 0) as bar:
         for epoch in range(done + 1, args.epochs + 1):
             start = time.perf_counter()
             bar.set_postfix(epoch=epoch, best_val_nll=f"{best['val_nll']:.4g}", refresh=False)
@@ -213,10 +218,11 @@ CHOICES = {"optimizer": ["adam", "rmsprop"], "schedule": ["cosine", "steps"], "n
 
 
 def pick_device(name):
-    """"auto" is a GPU if torch sees one. Raises RunError where there is none and it was asked for."""
+    """"auto" is a GPU if torch sees one, under torchrun this process's. Raises RunError where there is none and it was asked for."""
     if name == "cuda" and not torch.cuda.is_available():
         raise RunError("torch sees no GPU: use --device cpu, or install a CUDA build of torch")
-    return torch.device(name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+    name = name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name, int(os.environ.get("LOCAL_RANK", 0)) if name == "cuda" else None)
 
 
 def add_run_flags(parser):
