@@ -30,8 +30,8 @@ COMMON = OPTIMIZATION | dict(
     batch_size=100,
     lr=1e-4,             # at its peak
     s=1.0,               # the flow's datum is z = logit(x / 256) / s, which is then
-    normalize="center",  # left ("none"), centred by one number ("shift") or by pixel ("center"), and then
-                         # given variance 1 ("scale") or covariance I ("whiten")
+    normalize="center",  # left ("none"), centred on a black pixel ("black") or on each pixel's mean ("center"), and
+                         # then given variance 1 ("scale") or covariance I ("whiten")
 )
 MATRICES = COMMON | dict(
     diagonal=1.0,        # initial weights: diagonal · I
@@ -50,7 +50,7 @@ DEFAULTS = {
     },
 }
 LIKELY = MATRICES | dict(epochs=5, lr=1e-2, normalize="scale", diagonal=0.6, bend=1.0)
-MATCHED = MATRICES | dict(epochs=6, lr=5e-4, normalize="shift", diagonal=-0.6, bend=0.0)
+MATCHED = MATRICES | dict(epochs=6, lr=5e-4, normalize="black", diagonal=-0.6, bend=0.0)
 DEFAULTS["cnn"] = {
     "ml": LIKELY,
     "sml": LIKELY | dict(model_samples=100),
@@ -108,7 +108,8 @@ def build(args, images):
     pre = logit_preprocessing(shape, args.s)
     if args.normalize != "none":
         mean, covariance = moments(pre, images)
-        mean = mean.mean().expand_as(mean) if args.normalize == "shift" else mean
+        if args.normalize == "black":
+            mean = moments(pre, torch.zeros_like(images[:1000]))[0].mean().expand_as(mean)
         std = covariance.diag().sqrt().view(shape) if args.normalize == "scale" else 1.0
         pre = logit_preprocessing(shape, args.s * std, mean=args.s * mean.view(shape))
     if args.normalize == "whiten":

@@ -214,7 +214,7 @@ def remedy(args):
 # ---------------------------------------------------------------------------------------------------------
 
 
-CHOICES = {"optimizer": ["adam", "rmsprop"], "schedule": ["cosine", "steps"], "normalize": ["none", "shift", "center", "scale", "whiten"]}
+CHOICES = {"optimizer": ["adam", "rmsprop"], "schedule": ["cosine", "steps"], "normalize": ["none", "black", "center", "scale", "whiten"]}
 
 
 def pick_device(name):

@@ -1,9 +1,10 @@
 """Batches per second of every objective, and how far a step is from the matrix products that it must do.
 
     python -m experiments.speed
+    python -m experiments.speed --arch cnn
 
 A step is everything that training does for one batch: indexing, dequantisation, pre-processing, objective,
-gradient, optimiser, moving average. Its floor is the number of products of a (batch × D) with a (D × D) matrix
+gradient, optimiser, moving average. The floor of --arch fc is the number of products of a (batch × D) with a (D × D) matrix
 in it, as torch's own counter of operations finds them, times the time of one such product in the same run. The
 floor leaves out determinants and solves; `ml` and `sml` cannot do without. The steps are interleaved, so that a
 slow moment of the machine hits all of them, and the medians are printed.
@@ -18,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from data import MNIST, mnist
-from train_mnist import LOSSES, build, minibatch, parse
+from train_mnist import DEFAULTS, LOSSES, build, minibatch, parse
 from training import MovingAverage, fast_matmul, make_optimizer, train_step, trainable
 
 
@@ -49,12 +50,12 @@ def timed(function, device):
     return time.perf_counter() - start
 
 
-def training_step(loss, images, batch_size, device):
+def training_step(loss, images, batch_size, device, arch="fc"):
     """A function that does one whole step on random images of the training split."""
     samples = ["--model-samples", str(batch_size)] if loss == "sml" else []
-    a = parse(["--loss", loss, "--batch-size", str(batch_size), "--normalize", "center", *samples])
+    a = parse(["--arch", arch, "--loss", loss, "--batch-size", str(batch_size), "--normalize", "center", *samples])
     pre, flow, image_model = (part.to(device) for part in build(a, images[:2000]))
-    train_set = images.flatten(1).to(device)
+    train_set = images.view(len(images), *flow.shape).to(device)
     optimizer = make_optimizer(a, trainable(flow))
     average = MovingAverage(image_model, a.ema_decay)
 
@@ -68,6 +69,7 @@ def training_step(loss, images, batch_size, device):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--arch", choices=list(DEFAULTS), default="fc")
     parser.add_argument("--batch-size", type=int, default=100)
     parser.add_argument("--repeats", type=int, default=60)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -76,7 +78,7 @@ def main(argv=None):
     images = mnist(MNIST)[0]
     D = images[0].numel()
     x, W = torch.randn(a.batch_size, D, device=device), torch.randn(D, D, device=device)
-    steps = {loss: training_step(loss, images, a.batch_size, device) for loss in LOSSES}
+    steps = {loss: training_step(loss, images, a.batch_size, device, a.arch) for loss in LOSSES}
     times = {name: [] for name in ("product", *steps)}
     with fast_matmul():
         products = {}
@@ -90,6 +92,11 @@ def main(argv=None):
             for loss, step in steps.items():
                 times[loss].append(timed(step, device))
     median = {name: statistics.median(t) for name, t in times.items()}
+    if a.arch != "fc":
+        print("objective  batches/s  step (ms)")
+        for loss in steps:
+            print(f"{loss:9}  {1 / median[loss]:9.1f}  {1e3 * median[loss]:9.2f}")
+        return
     print(f"one product of {a.batch_size}×{D} with {D}×{D}: {1e3 * median['product']:.3f} ms, {torch.get_num_threads()} threads")
     print("objective  batches/s  step (ms)  products  floor (ms)  step / floor")
     for loss in steps:
