@@ -87,16 +87,20 @@ def relative_variance(W, L):
     return torch.expm1((eigenvalues.log() - 0.5 * (2 * eigenvalues - 1).log()).sum()).item()
 
 
-def measure(D, c, name, n, repeats, seed=0):
-    """Estimates of log|det W| against the exact value.   -> a row of the table"""
+def measure(D, c, name, samples, repeats, seed=0):
+    """Estimates of log|det W| against the exact value.   -> a row of the table for each number of draws"""
     torch.manual_seed(seed)
     layer = FullyConnected(D).double().requires_grad_(False)
     layer.weight += c / math.sqrt(D) * torch.randn(D, D, dtype=torch.float64)
-    L = PROPOSALS[name](layer.weight)
+    q = Gaussian(PROPOSALS[name](layer.weight))
     energy, exact = EBFlow([layer], (D,)).energy, layer.log_abs_det((D,)).item()
-    errors = torch.tensor([-log_z(energy, Gaussian(L), n).log_z - exact for _ in range(repeats)])
-    return {"D": D, "c": c, "q": name, "samples": n, "exact": exact, "bias": errors.mean().item(),
-            "rmse": errors.square().mean().sqrt().item(), "relative_variance": relative_variance(layer.weight, L)}
+    variance = relative_variance(layer.weight, q.L)
+    rows = []
+    for n in samples:
+        errors = torch.tensor([-log_z(energy, q, n).log_z - exact for _ in range(repeats)])
+        rows.append({"D": D, "c": c, "q": name, "samples": n, "exact": exact, "bias": errors.mean().item(),
+                     "rmse": errors.square().mean().sqrt().item(), "relative_variance": variance})
+    return rows
 
 
 def predicted(row):
@@ -133,15 +137,13 @@ def main(argv=None):
     if min(*a.dims, a.dim, *a.samples, a.repeats) < 1:
         parser.error("dimensions, draws and repeats must be positive")
     n = sorted(a.samples)[len(a.samples) * 2 // 3]
-    with tqdm(total=len(PROPOSALS) * (len(a.samples) + len(a.dims)), dynamic_ncols=True) as bar:
-        def row(D, name, n):
-            bar.set_postfix(D=D, q=name)
-            result = measure(D, a.c, name, n, a.repeats)
-            bar.update()
-            return result
-
-        by_samples = [row(a.dim, name, n) for name in PROPOSALS for n in sorted(a.samples)]
-        by_dimension = [row(D, name, n) for name in PROPOSALS for D in sorted(a.dims)]
+    by_samples, by_dimension = [], []
+    with tqdm(total=len(PROPOSALS) * (1 + len(a.dims)), dynamic_ncols=True) as bar:
+        for name in PROPOSALS:
+            for rows, D, samples in [(by_samples, a.dim, sorted(a.samples)), *((by_dimension, D, [n]) for D in sorted(a.dims))]:
+                bar.set_postfix(D=D, q=name)
+                rows += measure(D, a.c, name, samples, a.repeats)
+                bar.update()
     a.results.mkdir(exist_ok=True)
     with whole(a.results / "determinant.png") as file:
         picture(by_samples, by_dimension).savefig(file, format="png", dpi=150)
