@@ -9,8 +9,9 @@ from torch.func import jacrev, vmap
 
 import losses
 import train_mnist
+import train_toy
 from ebflow import fc_flow
-from experiments import ablation, determinant, generation, imputation, linear_masks, rivals
+from experiments import ablation, determinant, generation, gradient_variance, imputation, linear_masks, rivals
 from experiments.toys import interval
 from run import read_metrics
 from test_data import small_data_set, write_idx
@@ -197,3 +198,20 @@ def test_the_rivals_run_and_go_on_from_what_they_have(tmp_path, capsys):
     with pytest.raises(SystemExit) as exit:
         rivals.main([*shared, "--seed", "1"])
     assert "move it away" in exit.value.code
+
+
+def test_the_moments_of_a_gradient_are_those_of_known_noise():
+    w = torch.zeros(3, requires_grad=True)
+    mean, variance = gradient_variance.moments(lambda: (w * (torch.tensor([3.0, 4.0, 0.0]) + 2 * torch.randn(3))).sum(), [w], 4000)
+    assert mean == pytest.approx(25, rel=0.05) and variance == pytest.approx(12, rel=0.05)
+
+
+def test_all_four_score_matching_objectives_have_one_mean_gradient_and_the_experiment_runs(tmp_path, capsys):
+    train_toy.main(["--data", "sine", "--loss", "dsm", "--epochs", "1", "--steps", "20", "--blocks", "2", "--width", "8", "--device", "cpu",
+                    "--test-points", "100", "--out", str(tmp_path / "run")])
+    gradient_variance.main(["--run", str(tmp_path / "run"), "--batches", "300", "--xi", "0.05", "--results", str(tmp_path)])
+    rows = json.loads((tmp_path / "gradient-variance.json").read_text())["rows"]
+    for row in rows.values():
+        noise = (4 * row["mean"] * row["variance"] / 300) ** 0.5  # of the squared norm, at most
+        assert abs(row["mean"] - rows["sm"]["mean"]) < 4 * (noise + row["variance"] / 300)
+    assert rows["ssm"]["variance"] > rows["sm"]["variance"]
