@@ -27,6 +27,16 @@ def interval(values):
     return statistics.mean(values), STUDENT[n] * statistics.stdev(values) / math.sqrt(n) if n > 1 else None
 
 
+def rows(table):
+    """The README's table."""
+    def cell(row, figure):
+        mean, half = row[figure], row[f"{figure}_95"]
+        return f"{mean:.4f}" + ("" if half is None else f" ± {half:.4f}")
+
+    return [f"| {row['data']} | {row['loss']} | {row['steps']:,} | {cell(row, 'kl')} | {cell(row, 'fisher')} | {row['minutes']:.1f} |"
+            for row in table]
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=3, choices=range(1, 6))
@@ -51,9 +61,7 @@ def main(argv=None):
     result = {"command": f"python -m experiments.toys --seeds {a.seeds}", "rows": table,
               "machine": machine()}
     (a.results / "toys.json").write_text(json.dumps(result, indent=2) + "\n")
-    for row in table:
-        kl, fisher = (f"{row[f]:.4f}" + (f" ± {row[f'{f}_95']:.4f}" if a.seeds > 1 else "") for f in ("kl", "fisher"))
-        print(f"| {row['data']} | {row['loss']} | {row['steps']:,} | {kl} | {fisher} | {row['minutes']:.1f} |")
+    print("\n".join(rows(table)))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import pytest
 import train_ebm
 import train_mnist
 import train_toy
-from experiments import balanced
+from experiments import ablation, balanced, toys
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -81,9 +81,18 @@ def result(name):
 
 
 def test_the_table_of_the_toys_holds_the_recorded_numbers():
-    for row in result("toys.json")["rows"]:
-        line = next(line for line in README.splitlines() if line.startswith(f"| {row['data']} | {row['loss']} |"))
-        assert f"| {row['steps']:,} | {row['kl']:.4f} | {row['fisher']:.4f} |" in line
+    for row in toys.rows(result("toys.json")["rows"]):
+        assert row in README
+
+
+def test_the_variances_of_the_gradients_are_the_recorded_ones():
+    for name, row in result("gradient-variance.json")["rows"].items():
+        assert f"`{name}` {row['variance']:.0f}" in README
+
+
+def test_the_table_of_the_ablation_holds_the_recorded_numbers():
+    for row in ablation.rows(result("ablation.json")["runs"]):
+        assert row in README
 
 
 def test_the_table_of_balanced_training_holds_the_recorded_numbers():
