@@ -110,3 +110,10 @@ def test_the_table_of_imputation_holds_the_recorded_numbers(loss):
 def test_the_results_of_the_linear_masks_are_the_recorded_ones():
     for name, nlls in result("linear-masks.json")["nll"].items():
         assert re.search(rf"{sum(nlls) / len(nlls):.1f}", README)
+
+
+def test_the_table_of_the_determinant_holds_the_recorded_numbers():
+    rows = result("determinant.json")["by_dimension"]
+    for q in ("isotropic", "diagonal", "fitted"):
+        cells = " | ".join(f"{row['rmse']:.4f}" for row in rows if row["q"] == q and row["D"] in (8, 32, 128, 512))
+        assert f"| {q} | {cells} |" in README
