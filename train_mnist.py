@@ -270,7 +270,7 @@ def parse(argv=None):
 def main(argv=None):
     args = parse(argv)
     with one_line_errors(DataError, torch.linalg.LinAlgError):
-        device = pick_device(args.device)
+        device = pick_device(args.device, joint=True)
         with processes.joined(device):
             train(args, device)
 

@@ -138,7 +138,7 @@ def fit(args, run, model, average, optimizer, seen, minibatches, steps, evaluate
             start = time.perf_counter()
             bar.set_postfix(epoch=epoch, best_val_nll=f"{best['val_nll']:.4g}", refresh=False)
             with context():
-                trace = train_epoch(args, epoch, seen, average, optimizer, minibatches, steps, bar)
+                trace = train_epoch(args, epoch, lambda x: objective(args, seen, x), average, optimizer, minibatches, steps, bar)
             rate = steps / (time.perf_counter() - start)
             row = checked(args, epoch, evaluate, evaluated)
             seconds += time.perf_counter() - start
@@ -151,19 +151,19 @@ def fit(args, run, model, average, optimizer, seen, minibatches, steps, evaluate
     return best
 
 
-def train_epoch(args, epoch, seen, average, optimizer, minibatches, steps, bar):
-    """`steps` updates.   -> (steps, 2): loss and gradient norm of each
+def train_epoch(args, epoch, loss, average, optimizer, minibatches, steps, bar):
+    """`steps` updates down `loss`, (B, …) -> ().   -> (steps, 2): loss and gradient norm of each
 
     Every epoch starts its own random numbers, so that a resumed run has no generator to restore. The trace stays
     on the device and is read every 50 steps: a GPU need not wait for the bar.
     """
     torch.manual_seed(1_000_003 * args.seed + epoch)
-    trace = torch.empty(steps, 2, device=next(seen.parameters()).device)
+    trace = torch.empty(steps, 2, device=average.parameters[0].device)
     for step, x in enumerate(minibatches(epoch)):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(args, epoch, (epoch - 1 + step / steps) / args.epochs)
         try:
-            trace[step] = train_step(args, seen, x, optimizer)
+            trace[step] = torch.stack(update(args, loss(x), optimizer))
         except torch.linalg.LinAlgError as error:  # of ml's determinants and sml's inverse
             raise RunError(f"{error}, at epoch {epoch}, step {step + 1}: {remedy(args)}") from None
         average.update()
@@ -217,12 +217,21 @@ def remedy(args):
 CHOICES = {"optimizer": ["adam", "rmsprop"], "schedule": ["cosine", "steps"], "normalize": ["none", "black", "center", "scale", "whiten"]}
 
 
-def pick_device(name):
-    """"auto" is a GPU if torch sees one, under torchrun this process's. Raises RunError where there is none and it was asked for."""
-    if name == "cuda" and not torch.cuda.is_available():
+def pick_device(name, joint=False):
+    """"auto" is a GPU if torch sees one; under torchrun, which takes a script that is `joint`, this process's own.
+
+    Raises RunError where the GPU that was asked for is not there.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not joint:
+        raise RunError("this script does not share its batches between processes: start it without torchrun")
+    gpus, index = torch.cuda.device_count(), int(os.environ.get("LOCAL_RANK", 0))
+    if name == "cuda" and not gpus:
         raise RunError("torch sees no GPU: use --device cpu, or install a CUDA build of torch")
-    name = name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name, int(os.environ.get("LOCAL_RANK", 0)) if name == "cuda" else None)
+    if name == "cpu" or not gpus:
+        return torch.device("cpu")
+    if index >= gpus:
+        raise RunError(f"there is no GPU for process {index + 1}, torch sees {gpus}: lower --nproc_per_node, or use --device cpu")
+    return torch.device("cuda", index)
 
 
 def add_run_flags(parser):

@@ -12,7 +12,6 @@ over the first 1,000 steps, and prints the rows of the README. Source: Chao et a
 """
 
 import argparse
-import json
 from pathlib import Path
 
 import torch
@@ -21,10 +20,10 @@ from tqdm import tqdm
 
 import train_mnist
 from data import MNIST, DataError, mnist
-from experiments import machine
+from experiments import record, recorded
 from experiments.toys import interval
 from run import RunError, one_line_errors, whole
-from training import MovingAverage, fast_matmul, make_optimizer, pick_device, train_epoch, trainable
+from training import MovingAverage, fast_matmul, make_optimizer, objective, pick_device, train_epoch, trainable
 
 OBJECTIVES = ["ssm", "dsm", "fdssm"]
 CURVE = 1000  # steps
@@ -38,12 +37,13 @@ def train(args, splits, device):
     average = MovingAverage(image_model, args.ema_decay)
     optimizer = make_optimizer(args, trainable(image_model))
     steps = len(train_set) // args.batch_size
+    seen = flow if args.map else image_model
     norms = []
     with tqdm(total=args.epochs * steps, unit=" batches", desc=label(args), dynamic_ncols=True) as bar:
         try:
             for epoch in range(1, args.epochs + 1):
                 with fast_matmul():
-                    trace = train_epoch(args, epoch, flow if args.map else image_model, average, optimizer,
+                    trace = train_epoch(args, epoch, lambda x: objective(args, seen, x), average, optimizer,
                                         lambda epoch: train_mnist.minibatches(args, pre, train_set), steps, bar)
                 norms += trace[:, 1].tolist()
                 if epoch in (1, args.epochs // 2, args.epochs):
@@ -51,7 +51,7 @@ def train(args, splits, device):
                            for name, model in (("EMA", average.model), ("no EMA", image_model))}
                     bar.set_postfix({name: f"{value:.1f}" for name, value in nll.items()})
         except (RunError, torch.linalg.LinAlgError) as error:
-            return {"EMA": None, "no EMA": None, "norms": norms[:CURVE], "broke": str(error).split(":")[0]}
+            return {"EMA": None, "no EMA": None, "norms": norms[:CURVE], "broke": str(error).split(": lower")[0]}
     return nll | {"norms": norms[:CURVE], "broke": None}
 
 
@@ -90,7 +90,8 @@ def picture(runs):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog="Other flags go to train_mnist.py.")
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog="Other flags go to train_mnist.py.",
+                                     allow_abbrev=False)
     parser.add_argument("--seeds", type=int, default=3, choices=range(1, 6))
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--data", type=Path, default=MNIST)
@@ -102,17 +103,14 @@ def main(argv=None):
         device, splits = pick_device(a.device), mnist(a.data)
         a.results.mkdir(exist_ok=True)
         path = a.results / "ablation.json"
-        command = " ".join(["python -m experiments.ablation", *flags])
-        result = json.loads(path.read_text()) if path.exists() else {"command": command, "machine": machine(), "runs": {}}
+        result = recorded(path, command=" ".join(["python -m experiments.ablation", *flags]))
         runs = result["runs"]
-        if result["command"] != command:
-            raise RunError(f"{path} is of `{result['command']}`: move it away, or name another --results")
         for args in runs_args:
             if label(args) not in runs:
                 runs[label(args)] = train(args, splits, device)
-                with whole(path) as file:
-                    file.write((json.dumps(result) + "\n").encode())
-        picture(runs).savefig(a.results / "ablation.png", dpi=150)
+                record(path, result)
+        with whole(a.results / "ablation.png") as file:
+            picture(runs).savefig(file, format="png", dpi=150)
         print("\n".join(rows(runs)))
 
 

@@ -23,7 +23,6 @@ sampling; the variance is a Gaussian integral.
 """
 
 import argparse
-import json
 import math
 from pathlib import Path
 
@@ -32,9 +31,9 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from ebflow import EBFlow
-from experiments import machine
+from experiments import machine, record
 from layers import FullyConnected
-from run import whole
+from run import one_line_errors, whole
 from sampling import log_z
 
 
@@ -99,13 +98,13 @@ def measure(D, c, name, samples, repeats, seed=0):
     for n in samples:
         errors = torch.tensor([-log_z(energy, q, n).log_z - exact for _ in range(repeats)])
         rows.append({"D": D, "c": c, "q": name, "samples": n, "exact": exact, "bias": errors.mean().item(),
-                     "rmse": errors.square().mean().sqrt().item(), "relative_variance": variance})
+                     "rmse": errors.square().mean().sqrt().item(), "relative_variance": variance if variance < math.inf else None})
     return rows
 
 
 def predicted(row):
-    """The standard error that the closed form gives, by the delta method: right where it is small."""
-    return math.sqrt(row["relative_variance"] / row["samples"])
+    """The standard error that the closed form gives, by the delta method: right where it is small. None: infinite."""
+    return None if row["relative_variance"] is None else math.sqrt(row["relative_variance"] / row["samples"])
 
 
 def picture(by_samples, by_dimension):
@@ -115,7 +114,8 @@ def picture(by_samples, by_dimension):
         for i, name in enumerate(PROPOSALS):
             own = [row for row in rows if row["q"] == name]
             axes.loglog([row[key] for row in own], [row["rmse"] for row in own], "o-", color=f"C{i}", ms=4, label=name)
-            axes.loglog([row[key] for row in own], [predicted(row) for row in own], ":", color=f"C{i}")
+            finite = [row for row in own if predicted(row)]
+            axes.loglog([row[key] for row in finite], [predicted(row) for row in finite], ":", color=f"C{i}")
         axes.grid(alpha=0.3)
     D, n, c = by_samples[0]["D"], by_dimension[0]["samples"], by_samples[0]["c"]
     left.set(xlabel="draws", ylabel="error of log|det W| (nats)", title=f"D = {D}, W = I + {c:g} G/√D",
@@ -136,6 +136,8 @@ def main(argv=None):
     a = parser.parse_args(argv)
     if min(*a.dims, a.dim, *a.samples, a.repeats) < 1:
         parser.error("dimensions, draws and repeats must be positive")
+    if not 0 <= a.c < math.inf:
+        parser.error("--c must be a finite number from 0 on")
     n = sorted(a.samples)[len(a.samples) * 2 // 3]
     by_samples, by_dimension = [], []
     with tqdm(total=len(PROPOSALS) * (1 + len(a.dims)), dynamic_ncols=True) as bar:
@@ -144,16 +146,15 @@ def main(argv=None):
                 bar.set_postfix(D=D, q=name)
                 rows += measure(D, a.c, name, samples, a.repeats)
                 bar.update()
-    a.results.mkdir(exist_ok=True)
-    with whole(a.results / "determinant.png") as file:
-        picture(by_samples, by_dimension).savefig(file, format="png", dpi=150)
-    result = {"command": "python -m experiments.determinant", "machine": machine(), "by_samples": by_samples,
-              "by_dimension": by_dimension}
-    with whole(a.results / "determinant.json") as file:
-        file.write((json.dumps(result, indent=2) + "\n").encode())
+    with one_line_errors(OSError):
+        a.results.mkdir(exist_ok=True)
+        with whole(a.results / "determinant.png") as file:
+            picture(by_samples, by_dimension).savefig(file, format="png", dpi=150)
+        record(a.results / "determinant.json", {"command": "python -m experiments.determinant", "machine": machine(),
+                                                "repeats": a.repeats, "by_samples": by_samples, "by_dimension": by_dimension})
     for row in by_dimension:
         print(f"D = {row['D']:4}  {row['q']:10} exact {row['exact']:8.3f}  error {row['rmse']:8.4f}  bias {row['bias']:8.4f}"
-              f"  closed form {predicted(row):.4f}")
+              f"  closed form {predicted(row) or math.inf:.4f}")
 
 
 if __name__ == "__main__":

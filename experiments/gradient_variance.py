@@ -4,12 +4,11 @@
 
 dsm, sm, ssm and fdssm differ by a constant in their expectation over points (fdssm by O(ξ²) more), and so have one gradient,
 but not one variance. At the weights that a run of `train_toy.py` has kept, each is estimated from many batches: the squared
-norm of the mean gradient, and the sum of the variances of its elements. Their ratio is what a batch knows of its direction.
+norm of the mean gradient, and the sum of the variances of its elements, both from --batches batches.
 Writes results/gradient-variance.json.
 """
 
 import argparse
-import json
 from pathlib import Path
 
 import torch
@@ -18,8 +17,8 @@ from tqdm import tqdm
 import losses
 from data import TOYS, Toy
 from ebflow import toy_flow
-from experiments import machine
-from run import one_line_errors, read_checkpoint, whole
+from experiments import machine, record
+from run import RunError, one_line_errors, read_checkpoint
 from training import trainable
 
 OBJECTIVES = {
@@ -46,11 +45,13 @@ def main(argv=None):
     parser.add_argument("--xi", type=float, default=0.2)
     parser.add_argument("--results", type=Path, default=Path("results"))
     a = parser.parse_args(argv)
-    if a.batch_size < 1 or a.batches < 2:
-        parser.error("it takes two batches and one point")
-    with one_line_errors():
+    if a.batch_size < 1 or a.batches < 2 or not a.xi > 0:
+        parser.error("it takes two batches, one point and a positive --xi")
+    with one_line_errors(OSError):
         checkpoint = read_checkpoint(a.run / "checkpoint.pt")
         config = checkpoint["config"]
+        if config.get("data") not in TOYS or "blocks" not in config:
+            raise RunError(f"{a.run} is no run of train_toy.py")
         flow = toy_flow(blocks=config["blocks"], width=config["width"])
         flow.load_state_dict(checkpoint["state"]["best"]["model"])
         toy, rows = TOYS[config["data"]](), {}
@@ -60,9 +61,8 @@ def main(argv=None):
             rows[name] = {"mean": mean, "variance": variance}
         a.results.mkdir(exist_ok=True)
         result = {"command": f"python -m experiments.gradient_variance --run {a.run}", "machine": machine(), "batch_size": a.batch_size,
-                  "rows": rows}
-        with whole(a.results / "gradient-variance.json") as file:
-            file.write((json.dumps(result, indent=2) + "\n").encode())
+                  "batches": a.batches, "xi": a.xi, "rows": rows}
+        record(a.results / "gradient-variance.json", result)
         for name, row in rows.items():
             print(f"{name:6} mean² {row['mean']:8.1f}   variance {row['variance']:8.1f}   of dsm's {row['variance'] / rows['dsm']['variance']:.1f}")
 

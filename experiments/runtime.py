@@ -5,14 +5,14 @@
 Fully-connected and convolutional flows on images of 16 to 64 pixels a side with one and three channels, random data. A step is
 objective, gradient and optimiser. The steps of one size are interleaved, so that a slow moment of the machine hits all
 of them, and medians are kept. Operations are counted on the device `meta`, where nothing is computed: products and convolutions
-by torch's own formulas, factorisations and solves by those below. A step that would take longer than --longest is counted only.
+by torch's own formulas, factorisations and solves by those below. A step that would take longer than --longest, by its
+operations and the speed of a product, is counted only.
 
 Writes results/runtime-DEVICE.json after every size, and goes on from it; then results/runtime-DEVICE.png with the slopes
 of straight lines fitted to the logarithms. Source: Chao et al. (2023), the runtime comparison.
 """
 
 import argparse
-import json
 import math
 import statistics
 import time
@@ -25,7 +25,7 @@ from torch.utils.flop_counter import flop_registry
 from tqdm import tqdm
 
 from ebflow import cnn_flow, fc_flow
-from experiments import machine
+from experiments import record, recorded
 from experiments.speed import FlopCounter, timed
 from run import RunError, one_line_errors, whole
 from train_mnist import LOSSES, parse
@@ -66,12 +66,12 @@ def peak_memory(function, device):
         torch.cuda.reset_peak_memory_stats()
         function()
         return torch.cuda.max_memory_allocated() / 2**20
-    status = Path("/proc/self/status")
-    if not status.exists():
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # forget the peak
+    except OSError:
         return None
-    Path("/proc/self/clear_refs").write_text("5")  # forget the peak
     function()
-    return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM")) / 2**10
+    return next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")) / 2**10
 
 
 def measure(arch, shape, batch_size, device, rate, longest, seconds):
@@ -156,25 +156,27 @@ def main(argv=None):
     a = parser.parse_args(argv)
     if any(side < 4 or side % 4 for side in a.sides):
         parser.error("--sides must be multiples of 4: the convolutional flow squeezes twice")
+    if a.batch_size < 1:
+        parser.error("--batch-size must be positive")
     with one_line_errors(OSError):
         device = pick_device(a.device)
         a.results.mkdir(exist_ok=True)
         path = a.results / f"runtime-{device.type}.json"
-        new = {"command": "python -m experiments.runtime", "machine": machine(), "batch_size": a.batch_size, "rows": []}
-        result = json.loads(path.read_text()) if path.exists() else new
-        if any(result[key] != new[key] for key in ("machine", "batch_size")):
-            raise RunError(f"{path} is of another machine or batch size: move it away, or name another --results")
+        result = recorded(path, command="python -m experiments.runtime", batch_size=a.batch_size)
         x = torch.randn(1024, 1024, device=device)
         timed(lambda: x @ x, device)
         rate = 2 * 1024**3 / min(timed(lambda: x @ x, device) for _ in range(5))
         sizes = sorted(((arch, c, side) for arch in a.archs for c in a.channels for side in a.sides if c * side**2 <= a.largest),
                        key=lambda size: size[1] * size[2] ** 2)
+        if not sizes:
+            raise RunError(f"no image of --sides has as few as {a.largest} numbers: raise --largest")
         for arch, c, side in tqdm(sizes, dynamic_ncols=True, unit=" sizes"):
-            if not any((row["arch"], row["channels"], row["side"]) == (arch, c, side) for row in result["rows"]):
-                result["rows"] += measure(arch, (c, side, side), a.batch_size, device, rate, a.longest, a.seconds)
-                with whole(path) as file:
-                    file.write((json.dumps(result, indent=1) + "\n").encode())
-        rows = sorted(result["rows"], key=lambda row: (row["arch"] != "fc", row["channels"], row["side"]))
+            name = f"{arch} {c}×{side}×{side}"
+            if name not in result["runs"]:
+                result["runs"][name] = measure(arch, (c, side, side), a.batch_size, device, rate, a.longest, a.seconds)
+                record(path, result)
+        rows = sorted((row for size in result["runs"].values() for row in size),
+                      key=lambda row: (row["arch"] != "fc", row["channels"], row["side"]))
         with whole(a.results / f"runtime-{device.type}.png") as file:
             picture(rows).savefig(file, format="png", dpi=150)
         print("\n".join(table(rows)))

@@ -1,6 +1,7 @@
 """Several processes train like one with the joint batch."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -58,6 +59,21 @@ def test_two_processes_under_torchrun_end_where_one_does_and_only_the_first_writ
     weights = [torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)["state"]["model"] for name in ("one", "two")]
     torch.testing.assert_close(weights[0], weights[1], rtol=1e-4, atol=1e-5)
     assert json.loads((tmp_path / "two" / "config.json").read_text()) == json.loads((tmp_path / "one" / "config.json").read_text())
+
+
+def test_two_processes_go_on_from_a_checkpoint_and_two_of_a_script_that_does_not_join_are_refused(tmp_path):
+    data = small_data_set(tmp_path)
+    shared = ["--loss", "ssm", "--noise", "0.1", "--clip", "1", "--data", str(data), "--epochs", "3", "--batch-size", "50", "--device", "cpu",
+              "--out", str(tmp_path / "run")]
+    train_mnist.main(shared)
+    whole = (tmp_path / "run" / "metrics.jsonl").read_text()
+    done = launch(*shared, "--resume")  # nothing is left to do but the end
+    assert done.returncode == 0 and done.stdout.count("test NLL") == 1, done.stderr
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == whole
+    failed = launch(*shared)  # only the first process sees that there is a run
+    assert failed.returncode != 0 and failed.stderr.count("error: ") == 1 and "already holds a run" in failed.stderr
+    failed = subprocess.run([sys.executable, str(ROOT / "train_toy.py")], env=os.environ | {"WORLD_SIZE": "2"}, capture_output=True, text=True)
+    assert failed.returncode == 1 and "start it without torchrun" in failed.stderr and "Traceback" not in failed.stderr
 
 
 def test_a_batch_that_does_not_divide_is_one_line(tmp_path):

@@ -49,15 +49,22 @@ def test_the_experiment_runs_goes_on_and_skips_what_takes_too_long(tmp_path, cap
                  "--device", "cpu"]
     runtime.main(arguments)
     path = tmp_path / "runtime-cpu.json"
-    rows = json.loads(path.read_text())["rows"]
+    def rows_of(path):
+        return [row for size in json.loads(path.read_text())["runs"].values() for row in size]
+
+    rows = rows_of(path)
     assert len(rows) == 2 * 3 * 5 and all(row["ms"] > 0 and row["operations"] > 0 for row in rows)
     assert (tmp_path / "runtime-cpu.png").stat().st_size > 10_000
     before = path.read_text()
     runtime.main(arguments)
     assert path.read_text() == before and runtime.table(rows)[0] in capsys.readouterr().out
     runtime.main([*arguments[:4], "16", *arguments[4:], "--longest", "1e-9"])
-    late = [row for row in json.loads(path.read_text())["rows"] if row["side"] == 16]
+    late = [row for row in rows_of(path) if row["side"] == 16]
     assert len(late) == 10 and all(row["ms"] is None and row["operations"] > 0 for row in late)
     with pytest.raises(SystemExit) as exit:
         runtime.main([*arguments, "--batch-size", "5"])
-    assert "another machine or batch size" in exit.value.code
+    assert "batch_size is 4 there and 5 here" in exit.value.code
+    path.write_text("{")
+    with pytest.raises(SystemExit) as exit:
+        runtime.main(arguments)
+    assert "is damaged" in exit.value.code
