@@ -167,5 +167,5 @@ def one_line_errors(*kinds):
     except (RunError, *kinds) as error:
         sys.exit("error: " + " ".join(str(error).split()))
     except KeyboardInterrupt:
-        print("\nstopped: the last checkpoint is kept, --resume goes on from it", file=sys.stderr)
+        print("\nstopped: what was written is kept; a training run goes on from it with --resume", file=sys.stderr)
         sys.exit(130)
