@@ -56,7 +56,7 @@ DEFAULTS["cnn"] = {
     "sml": LIKELY | dict(model_samples=100),
     "ssm": MATCHED | dict(epochs=8, noise=0.4),
     "dsm": MATCHED | dict(sigma=0.4),
-    "fdssm": MATCHED | dict(batch_size=400, epochs=40, lr=1e-3, noise=0.4, xi=0.5),
+    "fdssm": MATCHED | dict(batch_size=400, epochs=40, lr=2e-4, noise=0.4, xi=0.5),
 }
 GLOW = COMMON | dict(
     epochs=5, lr=1e-3, normalize="scale", clip=500.0,
