@@ -11,7 +11,7 @@ import pytest
 import train_ebm
 import train_mnist
 import train_toy
-from experiments import ablation, balanced, toys
+from experiments import ablation, balanced, runtime, toys
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -121,3 +121,11 @@ def test_the_table_of_the_determinant_holds_the_recorded_numbers():
     for q in ("isotropic", "diagonal", "fitted"):
         cells = " | ".join(f"{row['rmse']:.4f}" for row in rows if row["q"] == q and row["D"] in (8, 32, 128, 512))
         assert f"| {q} | {cells} |" in README
+
+
+def test_the_table_of_runtimes_holds_the_recorded_numbers():
+    sizes = [row for size in result("runtime-cpu.json")["runs"].values() for row in size]
+    for row in runtime.table(sizes):
+        assert row in README
+    for loss, exponent in (("ml", "2.94"), ("dsm", "2.00")):
+        assert f"{runtime.slope([row for row in sizes if (row['arch'], row['loss']) == ('fc', loss)], 'operations'):.2f}" == exponent
