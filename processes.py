@@ -13,10 +13,15 @@ import torch
 import torch.distributed as dist
 
 
+def launched():
+    """How many processes torchrun started; 1 without it. They need not have joined."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
 @contextlib.contextmanager
 def joined(device):
     """Joins the processes that torchrun started, if it did: by NCCL on GPUs, by Gloo on CPUs."""
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
+    if launched() == 1:
         yield
         return
     if device.type == "cuda":

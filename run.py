@@ -64,8 +64,6 @@ class Run:
 
     def save(self, state):
         """Writes the checkpoint, then the metrics log that belongs to it."""
-        if rank() > 0:
-            return
         checkpoint = {"config": self.config, "state": state, "metrics": self.metrics}
         with whole(self.directory / "checkpoint.pt") as file:
             torch.save(checkpoint, file)
@@ -75,14 +73,16 @@ class Run:
         self.write("metrics.jsonl", "".join(json.dumps(row) + "\n" for row in self.metrics).encode())
 
     def write(self, name, data):
-        if rank() == 0:
-            with whole(self.directory / name) as file:
-                file.write(data)
+        with whole(self.directory / name) as file:
+            file.write(data)
 
     def picture(self, name, figure):
-        if rank() == 0:
-            with whole(self.directory / name) as file:
-                figure.savefig(file, format="png", dpi=150)
+        save_picture(self.directory / name, figure)
+
+
+def save_picture(path, figure):
+    with whole(path) as file:
+        figure.savefig(file, format="png", dpi=150)
 
 
 def read_metrics(directory):
@@ -106,7 +106,14 @@ def read_checkpoint(path):
 
 @contextlib.contextmanager
 def whole(path):
-    """A file that appears under its name complete, or not at all (a kill, a full disk). Raises RunError."""
+    """A file that appears under its name complete, or not at all (a kill, a full disk). Raises RunError.
+
+    Of several processes the first one writes; what the others write goes nowhere.
+    """
+    if rank() > 0:
+        with open(os.devnull, "wb") as nowhere:
+            yield nowhere
+        return
     temporary = path.with_name(f".{path.name}.part")
     try:
         with open(temporary, "wb") as file:

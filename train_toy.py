@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 
 from data import TOYS, Toy
 from ebflow import toy_flow
-from run import Run, curves, image, lattice, one_line_errors, whole
+from run import Run, curves, image, lattice, one_line_errors, save_picture
 from training import (OPTIMIZATION, MovingAverage, add_run_flags, add_settings, configuration, fit, make_optimizer,
                       pick_device, trainable, with_settings)
 
@@ -194,8 +194,7 @@ def main(argv=None):
         print(table(cells))
         if len(runs) > 1:
             toys, objectives = (list(dict.fromkeys(keys)) for keys in zip(*cells))
-            with whole(out / "grid.png") as file:
-                grid(cells, toys, objectives).savefig(file, format="png", dpi=150)
+            save_picture(out / "grid.png", grid(cells, toys, objectives))
 
 
 if __name__ == "__main__":

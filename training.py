@@ -222,7 +222,7 @@ def pick_device(name, joint=False):
 
     Raises RunError where the GPU that was asked for is not there.
     """
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not joint:
+    if processes.launched() > 1 and not joint:
         raise RunError("this script does not share its batches between processes: start it without torchrun")
     gpus, index = torch.cuda.device_count(), int(os.environ.get("LOCAL_RANK", 0))
     if name == "cuda" and not gpus:

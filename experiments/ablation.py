@@ -22,7 +22,7 @@ import train_mnist
 from data import MNIST, DataError, mnist
 from experiments import record, recorded
 from experiments.toys import interval
-from run import RunError, one_line_errors, whole
+from run import RunError, one_line_errors, save_picture
 from training import MovingAverage, fast_matmul, make_optimizer, objective, pick_device, train_epoch, trainable
 
 OBJECTIVES = ["ssm", "dsm", "fdssm"]
@@ -46,10 +46,7 @@ def train(args, splits, device):
                     trace = train_epoch(args, epoch, lambda x: objective(args, seen, x), average, optimizer,
                                         lambda epoch: train_mnist.minibatches(args, pre, train_set), steps, bar)
                 norms += trace[:, 1].tolist()
-                if epoch in (1, args.epochs // 2, args.epochs):
-                    nll = {name: train_mnist.evaluate(model, test_set)
-                           for name, model in (("EMA", average.model), ("no EMA", image_model))}
-                    bar.set_postfix({name: f"{value:.1f}" for name, value in nll.items()})
+            nll = {name: train_mnist.evaluate(model, test_set) for name, model in (("EMA", average.model), ("no EMA", image_model))}
         except (RunError, torch.linalg.LinAlgError) as error:
             return {"EMA": None, "no EMA": None, "norms": norms[:CURVE], "broke": str(error).split(": lower")[0]}
     return nll | {"norms": norms[:CURVE], "broke": None}
@@ -109,8 +106,7 @@ def main(argv=None):
             if label(args) not in runs:
                 runs[label(args)] = train(args, splits, device)
                 record(path, result)
-        with whole(a.results / "ablation.png") as file:
-            picture(runs).savefig(file, format="png", dpi=150)
+        save_picture(a.results / "ablation.png", picture(runs))
         print("\n".join(rows(runs)))
 
 

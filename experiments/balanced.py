@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 
 import train_ebm
 from data import mixture
-from experiments import machine
+from experiments import machine, record
 from run import image, read_checkpoint, read_metrics
 from training import configuration
 
@@ -149,10 +149,7 @@ def main(argv=None):
                 a.results / "ebm-density.png", dpi=120)
     table = [table[cell] for cell in sorted(table)]
     curves(table).savefig(a.results / "ebm-weights.png", dpi=120)
-    path.write_text(json.dumps({
-        "command": "python -m experiments.balanced", "flags": flags,
-        "machine": machine(),
-        "runs": table}, indent=1) + "\n")
+    record(path, {"command": "python -m experiments.balanced", "flags": flags, "machine": machine(), "runs": table})
     print("\n".join(rows(table)))
 
 

@@ -33,7 +33,7 @@ from tqdm import tqdm
 from ebflow import EBFlow
 from experiments import machine, record
 from layers import FullyConnected
-from run import one_line_errors, whole
+from run import one_line_errors, save_picture
 from sampling import log_z
 
 
@@ -148,8 +148,7 @@ def main(argv=None):
                 bar.update()
     with one_line_errors(OSError):
         a.results.mkdir(exist_ok=True)
-        with whole(a.results / "determinant.png") as file:
-            picture(by_samples, by_dimension).savefig(file, format="png", dpi=150)
+        save_picture(a.results / "determinant.png", picture(by_samples, by_dimension))
         record(a.results / "determinant.json", {"command": "python -m experiments.determinant", "machine": machine(),
                                                 "repeats": a.repeats, "by_samples": by_samples, "by_dimension": by_dimension})
     for row in by_dimension:

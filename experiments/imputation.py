@@ -12,7 +12,6 @@ of a draw and of the mean of the draws, beside filling with the mean of the trai
 """
 
 import argparse
-import json
 from pathlib import Path
 
 import torch
@@ -20,6 +19,7 @@ from matplotlib.figure import Figure
 
 from data import MNIST, dequantize, mnist
 from ebflow import EBFlow
+from experiments import record
 from run import one_line_errors
 from sampling import SamplingError, impute, tune
 from train_mnist import load
@@ -94,7 +94,7 @@ def experiment(a):
     figure.savefig(a.results / f"imputation-{args.arch}-{args.loss}.png", dpi=110)
     result = {"loss": args.loss, "arch": args.arch, "rmse": table, "digits": a.digits, "draws": a.draws, "steps": a.steps,
               "seed": a.seed, "command": f"python -m experiments.imputation --run {a.run}"}
-    (a.results / f"imputation-{args.arch}-{args.loss}.json").write_text(json.dumps(result, indent=2) + "\n")
+    record(a.results / f"imputation-{args.arch}-{args.loss}.json", result)
     print(f"{'missing':24}" + "".join(f"{name:>16}" for name in next(iter(table.values()))))
     for name, errors in table.items():
         print(f"{name:24}" + "".join(f"{error:16.4f}" for error in errors.values()))

@@ -16,7 +16,6 @@ Source: Chao et al. (2023), the comparison of constrained linear layers.
 """
 
 import argparse
-import json
 import math
 from pathlib import Path
 
@@ -29,7 +28,9 @@ from tqdm import tqdm
 import losses
 from data import gauss_legendre
 from ebflow import EBFlow
+from experiments import record
 from layers import ActNorm, FullyConnected, SmoothLeakyReLU
+from run import save_picture
 
 DIM = 10
 LAYERS = {"full": [None], "lower": [torch.tril], "upper": [torch.triu], "upper × lower": [torch.tril, torch.triu]}
@@ -137,10 +138,10 @@ def main(argv=None):
         axes.spines[side].set_visible(False)
         axes.grid(alpha=0.3)
     a.results.mkdir(exist_ok=True)
-    figure.savefig(a.results / "linear-masks.png", dpi=150)
+    save_picture(a.results / "linear-masks.png", figure)
     result = {"entropy": floor, "entropy_se": error, "nll": {name: [run[-1] for run in runs] for name, runs in curves.items()},
               "command": "python -m experiments.linear_masks", "steps": a.steps, "batch_size": a.batch_size, "lr": a.lr}
-    (a.results / "linear-masks.json").write_text(json.dumps(result, indent=2) + "\n")
+    record(a.results / "linear-masks.json", result)
     print(f"entropy          {floor:.3f} ± {error:.3f}")
     for name, runs in curves.items():
         print(f"{name:16} " + ", ".join(f"{run[-1]:.3f}" for run in runs))

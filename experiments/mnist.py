@@ -8,14 +8,13 @@ then writes results/mnist-ARCH.json, results/mnist-ARCH.png (NLL against time) a
 """
 
 import argparse
-import json
 from pathlib import Path
 
 from matplotlib.figure import Figure
 
 import train_mnist
-from experiments import machine
-from run import read_metrics
+from experiments import machine, record
+from run import read_metrics, save_picture
 
 TITLES = {"fc": "exact NLL of the two-layer flow on MNIST", "cnn": "exact NLL of the convolutional flow on MNIST",
           "glow": "exact NLL of a small Glow on MNIST"}
@@ -53,8 +52,8 @@ def main(argv=None):
     axes.legend(fontsize="small", loc="upper right", ncols=2)
     axes.grid(alpha=0.3)
     a.results.mkdir(exist_ok=True)
-    figure.savefig(a.results / f"mnist-{a.arch}.png", dpi=150)
-    (a.results / f"mnist-{a.arch}.json").write_text(json.dumps(table, indent=2) + "\n")
+    save_picture(a.results / f"mnist-{a.arch}.png", figure)
+    record(a.results / f"mnist-{a.arch}.json", table)
     for loss, row in table.items():
         print(f"| {loss} | {row['start_val_nll']:.1f} | {row['val_nll']:.1f} | **{row['test_nll']:.1f}** | "
               f"{row['test_bpd']:.3f} | {row['minutes']:.1f} |")

@@ -31,7 +31,7 @@ from ebflow import EBFlow
 from experiments import record, recorded
 from experiments.speed import synchronize
 from layers import FullyConnected
-from run import RunError, one_line_errors, whole
+from run import RunError, one_line_errors, save_picture
 from training import MovingAverage, checked, fast_matmul, make_optimizer, objective, pick_device, train_epoch, trainable
 
 LEVELS = (1120, 1105, 1100)  # nats of validation NLL, the time to reach which is in the table
@@ -60,7 +60,15 @@ class RelativeLinear(torch.autograd.Function):
         return delta @ W if ctx.needs_input_grad[0] else None, delta.T @ (y @ W), delta.sum(0)
 
 
-class RelativeLayer(FullyConnected):
+class SharedLayer(FullyConnected):
+    """A fully-connected layer with the weights of another one."""
+
+    def __init__(self, layer):
+        super().__init__(len(layer.bias))
+        self.weight, self.bias = layer.weight, layer.bias
+
+
+class RelativeLayer(SharedLayer):
 
     def forward(self, x):
         return RelativeLinear.apply(x, self.weight, self.bias)
@@ -86,16 +94,11 @@ class SelfNormalizingLinear(torch.autograd.Function):
         return delta_x, 0.5 * delta.T @ x, -0.5 * delta_x.T @ y, delta.sum(0)
 
 
-class SelfNormalizingLayer(FullyConnected):
+class SelfNormalizingLayer(SharedLayer):
 
-    def __init__(self, dim, lam=1.0):
-        super().__init__(dim)
-        self.lam, self.R = lam, nn.Parameter(torch.eye(dim))
-
-    def start(self):
-        with torch.no_grad():
-            self.R.copy_(torch.linalg.inv(self.weight))
-        return self
+    def __init__(self, layer, lam=1.0):
+        super().__init__(layer)
+        self.lam, self.R = lam, nn.Parameter(torch.linalg.inv(layer.weight.detach()))
 
     def forward(self, x):
         held = x.detach()
@@ -112,13 +115,7 @@ class Rival(nn.Module):
 
     def __init__(self, flow, kind):
         super().__init__()
-        self.flow = EBFlow([self.share(layer, kind) if isinstance(layer, FullyConnected) else layer for layer in flow.layers], flow.shape)
-
-    @staticmethod
-    def share(layer, kind):
-        new = kind(len(layer.bias)).to(layer.weight)
-        new.weight, new.bias = layer.weight, layer.bias
-        return new.start() if kind is SelfNormalizingLayer else new
+        self.flow = EBFlow([kind(layer) if isinstance(layer, FullyConnected) else layer for layer in flow.layers], flow.shape)
 
     def forward(self, x):
         energy = self.flow.energy(x).mean()
@@ -216,8 +213,7 @@ def main(argv=None):
                 flags = ["--batch-size", str(a.batch_size), "--seed", str(a.seed)]
                 result["runs"][name] = train(name, flags, a.steps, a.every, splits, device)
                 record(path, result)
-        with whole(a.results / "rivals.png") as file:
-            picture(result["runs"]).savefig(file, format="png", dpi=150)
+        save_picture(a.results / "rivals.png", picture(result["runs"]))
         print("\n".join(rows(result["runs"])))
 
 

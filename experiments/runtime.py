@@ -27,7 +27,7 @@ from tqdm import tqdm
 from ebflow import cnn_flow, fc_flow
 from experiments import record, recorded
 from experiments.speed import FlopCounter, timed
-from run import RunError, one_line_errors, whole
+from run import RunError, one_line_errors, save_picture
 from train_mnist import LOSSES, parse
 from training import fast_matmul, make_optimizer, objective, pick_device, train_step, trainable
 
@@ -177,8 +177,7 @@ def main(argv=None):
                 record(path, result)
         rows = sorted((row for size in result["runs"].values() for row in size),
                       key=lambda row: (row["arch"] != "fc", row["channels"], row["side"]))
-        with whole(a.results / f"runtime-{device.type}.png") as file:
-            picture(rows).savefig(file, format="png", dpi=150)
+        save_picture(a.results / f"runtime-{device.type}.png", picture(rows))
         print("\n".join(table(rows)))
         for arch in a.archs:
             for name, sizes in series(rows, arch).items():

@@ -8,14 +8,13 @@ seeds on, the half-width of the 95 % interval of the mean (Student's t).
 """
 
 import argparse
-import json
 import math
 import shutil
 import statistics
 from pathlib import Path
 
 import train_toy
-from experiments import machine
+from experiments import machine, record
 from run import read_metrics
 
 STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}  # 97.5 % quantile with n - 1 degrees of freedom
@@ -60,7 +59,7 @@ def main(argv=None):
     shutil.copy(directories[0] / "grid.png", a.results / "toys.png")
     result = {"command": f"python -m experiments.toys --seeds {a.seeds}", "rows": table,
               "machine": machine()}
-    (a.results / "toys.json").write_text(json.dumps(result, indent=2) + "\n")
+    record(a.results / "toys.json", result)
     print("\n".join(rows(table)))
 
 

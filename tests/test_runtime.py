@@ -44,14 +44,15 @@ def test_the_exponents_of_counted_operations_are_the_paper_s():
         assert low <= runtime.slope(rows, "operations") <= high
 
 
+def rows_of(path):
+    return [row for size in json.loads(path.read_text())["runs"].values() for row in size]
+
+
 def test_the_experiment_runs_goes_on_and_skips_what_takes_too_long(tmp_path, capsys):
     arguments = ["--sides", "4", "8", "12", "--channels", "1", "--batch-size", "4", "--seconds", "0.1", "--results", str(tmp_path),
                  "--device", "cpu"]
     runtime.main(arguments)
     path = tmp_path / "runtime-cpu.json"
-    def rows_of(path):
-        return [row for size in json.loads(path.read_text())["runs"].values() for row in size]
-
     rows = rows_of(path)
     assert len(rows) == 2 * 3 * 5 and all(row["ms"] > 0 and row["operations"] > 0 for row in rows)
     assert (tmp_path / "runtime-cpu.png").stat().st_size > 10_000
