@@ -94,11 +94,12 @@ def test_the_ablation_measures_what_train_mnist_does_and_goes_on_from_what_it_ha
     ablation.main(ablated)
     first = (tmp_path / "ablation.json").read_text()
     runs = json.loads(first)["runs"]
-    for flag, column in (("--ema", "EMA"), ("--no-ema", "no EMA")):
-        train_mnist.main([*shared, "--out", str(tmp_path / column), "--loss", "dsm", flag])
-        last = read_metrics(tmp_path / column)[-1]
+    for name, column, flags in (("dsm with MaP, seed 0", "EMA", ["--ema", "--map"]), ("dsm with MaP, seed 0", "no EMA", ["--no-ema"]),
+                                ("dsm without MaP, seed 0", "no EMA", ["--no-ema", "--no-map"])):
+        train_mnist.main([*shared, "--out", str(tmp_path / "run"), "--overwrite", "--loss", "dsm", *flags])
+        last = read_metrics(tmp_path / "run")[-1]
         assert last["best_epoch"] == 2  # the ablation takes the last
-        assert runs["dsm with MaP, seed 0"][column] == pytest.approx(last["test_nll"])
+        assert runs[name][column] == pytest.approx(last["test_nll"])
     norms = {name: sum(run["norms"]) / len(run["norms"]) for name, run in runs.items()}
     assert all(len(run["norms"]) == 10 for run in runs.values())
     for loss in ablation.OBJECTIVES:

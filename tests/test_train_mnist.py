@@ -23,7 +23,7 @@ from run import read_metrics as rows
 from test_data import small_data_set
 import losses
 import training
-from train_mnist import DEFAULTS, LOSSES, build, evaluate, load, main, minibatch, parse
+from train_mnist import DEFAULTS, LOSSES, build, evaluate, load, main, minibatch, minibatches, parse
 
 ROOT = Path(__file__).parent.parent
 
@@ -156,6 +156,14 @@ def test_the_preprocessing_whitens_and_is_no_part_of_what_is_trained(data):
                                                             if p.requires_grad) == 2 * 16 * 17
     pre = build(parse(["--loss", "ml"]), images)[0]
     assert pre(dequantize(images.flatten(1))).mean(0).abs().max() < 0.5
+
+
+def test_an_epoch_sees_every_image_once_but_those_that_do_not_fill_a_batch():
+    images = torch.arange(250, dtype=torch.uint8)[:, None].expand(250, 16)  # told apart by their shade
+    args = parse(["--loss", "ssm", "--no-map", "--batch-size", "60"])
+    batches = [batch[:, 0].floor().int() for batch in minibatches(args, None, images)]
+    assert [len(batch) for batch in batches] == [60] * 4
+    assert len(set(torch.cat(batches).tolist())) == 240 and not torch.equal(batches[0], batches[0].sort().values)
 
 
 def test_the_sliced_objectives_see_their_points_under_noise(data):
