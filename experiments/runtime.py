@@ -127,6 +127,7 @@ def picture(rows):
             axes.xaxis.set_minor_formatter(NullFormatter())
             axes.grid(alpha=0.3, which="both", axis="x")
             axes.grid(alpha=0.3, axis="y")
+            axes.set_ylim(top=axes.get_ylim()[1] * (1 if arch == "fc" else 20))  # room for the longer legend
             axes.legend(fontsize="x-small", ncols=1 if arch == "fc" else 2)
     return figure
 
