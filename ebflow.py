@@ -93,11 +93,11 @@ class EBFlow(nn.Module):
         return self.inverse(torch.randn(n, *self.shapes[-1], device=like.device, dtype=like.dtype))
 
     @torch.no_grad()
-    def initialize(self, x):
-        """Data-dependent start: hands each linear layer the batch that reaches it."""
+    def initialize(self, x, momentum=1.0):
+        """Data-dependent start: hands each linear layer the batch that reaches it (see ActNorm)."""
         for layer in self.layers:
             if isinstance(layer, LinearLayer):
-                layer.initialize(x)
+                layer.initialize(x, momentum)
                 x = layer(x)
             else:
                 x = layer(x)[0]
@@ -194,8 +194,9 @@ def toy_flow(dim=2, blocks=10, width=64):
 def glow_flow(shape=(1, 28, 28), width=512, depth=16, blocks=2):
     """Blocks of a squeeze and `depth` × (actnorm, 1×1 convolution, affine coupling): the paper's Glow.
 
-    Half of a block's channels go on to the next, the others are done. H and W must divide by 2^blocks. The couplings'
-    networks have `width` channels and end in zeros: they start at one scale for all and no shift.
+    Half of a block's channels go on to the next, the others are done. A last actnorm is the learnt mean and variance of
+    Glow's prior. H and W must divide by 2^blocks. The couplings' networks have `width` channels and end in zeros: they
+    start at one scale for all and no shift.
     """
     def network(n_in, n_out):
         last = nn.Conv2d(width, n_out, 3, padding=1)
@@ -213,4 +214,4 @@ def glow_flow(shape=(1, 28, 28), width=512, depth=16, blocks=2):
             if active < channels:
                 step = [LinearPart(step[0], active), LinearPart(step[1], active), NonlinearPart(step[2], active)]
             layers += step
-    return EBFlow(layers, shape)
+    return EBFlow([*layers, ActNorm(channels)], shape)

@@ -28,7 +28,7 @@ class LinearLayer(nn.Module):
     def output_shape(self, shape):
         return shape
 
-    def initialize(self, x):
+    def initialize(self, x, momentum=1.0):
         """A data-dependent start, from the batch that reaches the layer; most have none."""
 
 
@@ -183,8 +183,9 @@ class ActNorm(LinearLayer):
 
     log|det J| = H·W·Σ s, O(C).   x (B, C, …) -> y (B, C, …)
 
-    `initialize` sets s and b so that a batch comes out with mean 0 and variance 1 (data-dependent start);
-    it raises ValueError where a channel of the batch is constant. Source: Kingma and Dhariwal, "Glow" (2018).
+    `initialize` sets s and b so that a batch comes out with mean 0 and variance 1 (data-dependent start), or takes
+    the fraction `momentum` of the way there, to follow the moments through training as batch normalisation does.
+    It raises ValueError where a channel of the batch is constant. Source: Kingma and Dhariwal, "Glow" (2018).
     """
 
     cost = "O(C)"
@@ -199,12 +200,12 @@ class ActNorm(LinearLayer):
         return check_channels(self, shape, len(self.bias))
 
     @torch.no_grad()
-    def initialize(self, x):
+    def initialize(self, x, momentum=1.0):
         std, mean = torch.std_mean(x.transpose(0, 1).flatten(1), dim=1)  # (C,)
-        if not (std > 0).all():
+        if (std == 0).any():
             raise ValueError("actnorm cannot start from a batch with a constant channel: give it more samples")
-        self.log_scale.copy_(-std.log())
-        self.bias.copy_(-mean / std)
+        self.log_scale.lerp_(-std.log(), momentum)
+        self.bias.lerp_(-mean / std, momentum)
 
     def forward(self, x):
         return along_channels(self.log_scale.exp(), x) * x + along_channels(self.bias, x)
@@ -404,8 +405,8 @@ class Part:
 
 class LinearPart(Part, LinearLayer):
 
-    def initialize(self, x):
-        self.layer.initialize(x[:, :self.channels])
+    def initialize(self, x, momentum=1.0):
+        self.layer.initialize(x[:, :self.channels], momentum)
 
     def forward(self, x):
         return torch.cat([self.layer(x[:, :self.channels]), x[:, self.channels:]], dim=1)

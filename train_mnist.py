@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 import processes
 from data import MNIST, DataError, dequantize, mnist
 from ebflow import EBFlow, cnn_flow, fc_flow, glow_flow, logit_preprocessing
-from layers import FullyConnected
+from layers import ActNorm, FullyConnected
 from run import Run, RunError, curves, one_line_errors, read_checkpoint
 from training import (OPTIMIZATION, MovingAverage, add_run_flags, add_settings, configuration, fast_matmul, fit,
                       make_optimizer, pick_device, trainable, with_settings)
@@ -62,13 +62,15 @@ GLOW = COMMON | dict(
     epochs=5, lr=1e-3, normalize="scale", clip=500.0,
     width=32,            # channels of the couplings' networks; 512 as published, for a GPU
     depth=4,             # steps of a block; 16 as published
+    actnorm="trained",   # as the other layers are, or held at "moments", mean 0 and variance 1 of what passes (see `train`)
 )
+GLOW_MATCHED = GLOW | dict(normalize="center", actnorm="moments", clip=0.0)
 DEFAULTS["glow"] = {
     "ml": GLOW,
     "sml": GLOW | dict(model_samples=100),
-    "ssm": GLOW | dict(normalize="center", noise=0.4),
-    "dsm": GLOW | dict(normalize="center", sigma=0.4),
-    "fdssm": GLOW | dict(normalize="center", noise=0.4, xi=1.0),
+    "ssm": GLOW_MATCHED | dict(noise=0.4),
+    "dsm": GLOW_MATCHED | dict(sigma=0.4),
+    "fdssm": GLOW_MATCHED | dict(noise=0.4, xi=1.0),
 }
 PUBLISHED = MATRICES | dict(epochs=50, optimizer="rmsprop", schedule="steps", normalize="none", diagonal=-1.0, bend=None)
 PAPER = {
@@ -128,6 +130,10 @@ def build(args, images):
         else:
             flow = glow_flow(shape, args.width, args.depth)
             flow.initialize(pre(dequantize(images[:1000])))
+            if args.actnorm == "moments":
+                for layer in flow.modules():
+                    if isinstance(layer, ActNorm):
+                        layer.requires_grad_(False)
     except ValueError as error:  # an image that does not squeeze
         raise RunError(f"--arch {args.arch} cannot take images of {images.shape[-2]}×{images.shape[-1]}: {error}") from None
     return pre, flow, EBFlow([*pre.layers, *flow.layers], shape)
@@ -159,6 +165,18 @@ def minibatches(args, pre, images):
             yield minibatch(args, pre, images[index])
 
 
+def following(args, model, batches):
+    """The batches, on every tenth of which the actnorms take a tenth of the way to its moments, if they are held there.
+
+    A score is made of differences, and sees the mean and the scale of all that passes worst: trained by score matching
+    alone they drift. Held at its moments, they are what maximum likelihood would make of them.
+    """
+    for step, x in enumerate(batches):
+        if getattr(args, "actnorm", None) == "moments" and step % 10 == 0:
+            model.initialize(x, momentum=0.1)
+        yield x
+
+
 @torch.no_grad()
 def evaluate(model, images):
     """NLL of the images in nats, with the exact log Z, under the same dequantisation noise at every call."""
@@ -183,11 +201,18 @@ def train(args, device):
         print(image_model)
     train_set, val_set, test_set = (x.view(len(x), *flow.shape).to(device) for x in splits)  # bytes, on the device
 
+    seen = flow if args.map else image_model  # whose energy the objective sees
+
+    def validate(model):
+        if getattr(args, "actnorm", None) == "moments":  # those of the averaged weights
+            torch.manual_seed(0)
+            model.initialize(dequantize(train_set[:1000]))
+        return likelihood("val", evaluate(model, val_set), flow.shape)
+
     best = fit(args, run, image_model, MovingAverage(image_model, args.ema_decay),
                make_optimizer(args, trainable(image_model)),
-               seen=flow if args.map else image_model,  # whose energy the objective sees
-               minibatches=lambda epoch: minibatches(args, pre, train_set), steps=steps, context=fast_matmul,
-               evaluate=lambda model: likelihood("val", evaluate(model, val_set), flow.shape))
+               seen=seen, minibatches=lambda epoch: following(args, seen, minibatches(args, pre, train_set)), steps=steps,
+               context=fast_matmul, evaluate=validate)
 
     image_model.load_state_dict(best["model"])
     test = likelihood("test", evaluate(image_model, test_set), flow.shape)

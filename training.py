@@ -214,7 +214,8 @@ def remedy(args):
 # ---------------------------------------------------------------------------------------------------------
 
 
-CHOICES = {"optimizer": ["adam", "rmsprop"], "schedule": ["cosine", "steps"], "normalize": ["none", "black", "center", "scale", "whiten"]}
+CHOICES = {"optimizer": ["adam", "rmsprop"], "schedule": ["cosine", "steps"], "normalize": ["none", "black", "center", "scale", "whiten"],
+           "actnorm": ["trained", "moments"]}
 
 
 def pick_device(name, joint=False):

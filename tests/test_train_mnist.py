@@ -184,17 +184,57 @@ def test_scaled_pixels_have_mean_0_and_variance_1(data):
     assert black.mean().abs() < 0.05 and (black.std() - 1).abs() < 0.05  # log of a uniform number
 
 
-def test_a_glow_starts_with_every_actnorm_giving_mean_0_and_variance_1(data):
-    images = mnist(data)[0]
-    pre, flow, _ = build(parse(["--arch", "glow", "--loss", "ml", "--width", "4", "--depth", "2"]), images)
-    x, normalized = pre(dequantize(images)), 0
+def actnorm_outputs(flow, x):
+    """What each actnorm makes of a batch.   -> a list of (C, n)"""
+    outputs = []
     for layer in flow.layers:
         x = layer(x) if isinstance(layer, LinearLayer) else layer(x)[0]
         if isinstance(layer, ActNorm) or isinstance(getattr(layer, "layer", None), ActNorm):
-            y = x[:, :getattr(layer, "channels", x.shape[1])].transpose(0, 1).flatten(1)
-            assert y.mean(1).abs().max() < 0.1 and (y.std(1) - 1).abs().max() < 0.1
-            normalized += 1
-    assert normalized == 4
+            outputs.append(x[:, :getattr(layer, "channels", x.shape[1])].detach().transpose(0, 1).flatten(1))
+    return outputs
+
+
+def off(outputs):
+    """How far the worst channel is from mean 0 and standard deviation 1."""
+    return max(max(y.mean(1).abs().max().item(), (y.std(1) - 1).abs().max().item()) for y in outputs)
+
+
+def test_a_glow_starts_with_every_actnorm_giving_mean_0_and_variance_1(data):
+    images = mnist(data)[0]
+    pre, flow, _ = build(parse(["--arch", "glow", "--loss", "ml", "--width", "4", "--depth", "2"]), images)
+    outputs = actnorm_outputs(flow, pre(dequantize(images)))
+    assert len(outputs) == 5 and off(outputs) < 0.1
+
+
+def test_actnorms_held_at_their_moments_stay_there_while_the_others_train(data, tmp_path):
+    images, worst = mnist(data)[0], {}
+    for actnorm in ("moments", "trained"):
+        main(arguments(data, tmp_path / actnorm, "--arch", "glow", "--width", "4", "--depth", "2", "--lr", "1e-2", "--epochs", "8",
+                       "--actnorm", actnorm))
+        _, pre, flow, _ = load(tmp_path / actnorm, images)
+        worst[actnorm] = off(actnorm_outputs(flow, pre(dequantize(images[:1000]))))
+    assert worst["moments"] < 0.1 < 0.3 < worst["trained"]
+
+
+def test_a_glow_with_actnorms_at_their_moments_resumes_exactly(data, tmp_path, monkeypatch):
+    flags = ["--arch", "glow", "--width", "4", "--depth", "2", "--epochs", "4", "--actnorm", "moments"]
+    main(arguments(data, tmp_path / "whole", *flags))
+    with monkeypatch.context() as patched:
+        patched.setattr(training, "train_epoch", stopped_at(3, training.train_epoch))
+        with pytest.raises(SystemExit):
+            main(arguments(data, tmp_path / "stopped", *flags))
+    main(arguments(data, tmp_path / "stopped", *flags, "--resume"))
+    whole, stopped = (load(tmp_path / name, mnist(data)[0])[-1].state_dict() for name in ("whole", "stopped"))
+    assert all(torch.equal(whole[name], stopped[name]) for name in whole)
+    assert rows(tmp_path / "whole")[-1]["test_nll"] == rows(tmp_path / "stopped")[-1]["test_nll"]
+
+
+def stopped_at(last, train_epoch):
+    def train(args, epoch, *rest):
+        if epoch == last:
+            raise KeyboardInterrupt
+        return train_epoch(args, epoch, *rest)
+    return train
 
 
 def test_training_never_writes_over_a_run_by_accident(data, tmp_path, capsys):
@@ -329,7 +369,7 @@ def test_the_glow_of_the_published_size_takes_a_step():
     args = parse(["--arch", "glow", "--paper", "--loss", "ssm"])
     images = torch.randint(0, 256, (20, 1, 28, 28), dtype=torch.uint8)
     pre, flow, _ = build(args, images)
-    assert len(flow.layers) == 2 + 2 * 16 * 3 and sum(p.numel() for p in flow.parameters()) == 9_750_336
+    assert len(flow.layers) == 2 + 2 * 16 * 3 + 1 and sum(p.numel() for p in flow.parameters()) == 9_750_368
     before = [p.clone() for p in flow.parameters()]
     trace = train_step(args, flow, minibatch(args, pre, images[:2]), make_optimizer(args, trainable(flow)))
     assert trace.isfinite().all()
