@@ -63,7 +63,9 @@ def update(args, loss, optimizer):
     # `autograd.grad`: it lays the gradients out as the weights are, and fused Adam on a CPU takes that for granted.
     loss.backward(inputs=parameters)
     loss = processes.average(loss.detach(), parameters)
-    norm = torch.nn.utils.clip_grad_norm_(parameters, args.clip or math.inf)
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    if args.clip:
+        torch.nn.utils.clip_grads_with_norm_(parameters, args.clip, norm)
     optimizer.step()
     return loss, norm
 

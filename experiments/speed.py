@@ -6,8 +6,9 @@
 A step is everything that training does for one batch: indexing, dequantisation, pre-processing, objective,
 gradient, optimiser, moving average. The floor of --arch fc is the number of products of a (batch × D) with a (D × D) matrix
 in it, as torch's own counter of operations finds them, times the time of one such product in the same run. The
-floor leaves out determinants and solves; `ml` and `sml` cannot do without. The steps are interleaved, so that a
-slow moment of the machine hits all of them, and the medians are printed.
+floor leaves out determinants and solves; `ml` and `sml` cannot do without. Nor is the time in it that the norm of the gradient,
+the optimiser and the moving average take to read and write every weight, which is printed beside it. The steps are
+interleaved, so that a slow moment of the machine hits all of them, and the medians are printed.
 """
 
 import argparse
@@ -51,7 +52,7 @@ def timed(function, device):
 
 
 def training_step(loss, images, batch_size, device, arch="fc"):
-    """A function that does one whole step on random images of the training split."""
+    """A function that does one whole step on random images of the training split, and one that does its passes over the weights."""
     samples = ["--model-samples", str(batch_size)] if loss == "sml" else []
     a = parse(["--arch", arch, "--loss", loss, "--batch-size", str(batch_size), "--normalize", "center", *samples])
     pre, flow, image_model = (part.to(device) for part in build(a, images[:2000]))
@@ -64,7 +65,12 @@ def training_step(loss, images, batch_size, device, arch="fc"):
         train_step(a, flow, minibatch(a, pre, train_set[index]), optimizer)
         average.update()
 
-    return step
+    def passes():
+        torch.nn.utils.get_total_norm([p.grad for p in average.parameters])
+        optimizer.step()
+        average.update()
+
+    return step, passes
 
 
 def main(argv=None):
@@ -79,7 +85,9 @@ def main(argv=None):
     D = images[0].numel()
     x, W = torch.randn(a.batch_size, D, device=device), torch.randn(D, D, device=device)
     steps = {loss: training_step(loss, images, a.batch_size, device, a.arch) for loss in LOSSES}
-    times = {name: [] for name in ("product", *steps)}
+    passes = steps["dsm"][1]  # the same for all
+    steps = {loss: step for loss, (step, _) in steps.items()}
+    times = {name: [] for name in ("product", "passes", *steps)}
     with fast_matmul():
         products = {}
         for loss, step in steps.items():
@@ -91,13 +99,15 @@ def main(argv=None):
             times["product"].append(timed(lambda: [x @ W for _ in range(10)], device) / 10)
             for loss, step in steps.items():
                 times[loss].append(timed(step, device))
+            times["passes"].append(timed(passes, device))
     median = {name: statistics.median(t) for name, t in times.items()}
     if a.arch != "fc":
         print("objective  batches/s  step (ms)")
         for loss in steps:
             print(f"{loss:9}  {1 / median[loss]:9.1f}  {1e3 * median[loss]:9.2f}")
         return
-    print(f"one product of {a.batch_size}×{D} with {D}×{D}: {1e3 * median['product']:.3f} ms, {torch.get_num_threads()} threads")
+    print(f"one product of {a.batch_size}×{D} with {D}×{D}: {1e3 * median['product']:.3f} ms, {torch.get_num_threads()} threads; "
+          f"gradient norm, optimiser and moving average: {1e3 * median['passes']:.2f} ms")
     print("objective  batches/s  step (ms)  products  floor (ms)  step / floor")
     for loss in steps:
         floor = products[loss] * median["product"]
