@@ -62,9 +62,9 @@ GLOW = COMMON | dict(
     epochs=5, lr=1e-3, normalize="scale", clip=500.0,
     width=32,            # channels of the couplings' networks; 512 as published, for a GPU
     depth=4,             # steps of a block; 16 as published
-    actnorm="trained",   # as the other layers are, or held at "moments", mean 0 and variance 1 of what passes (see `train`)
+    actnorm="trained",   # as the other layers are, or held at "moments", mean 0 and variance 1 of what passes (see `following`)
 )
-GLOW_MATCHED = GLOW | dict(normalize="center", actnorm="moments", clip=0.0)
+GLOW_MATCHED = GLOW | dict(lr=3e-4, normalize="center", actnorm="moments", clip=0.0)
 DEFAULTS["glow"] = {
     "ml": GLOW,
     "sml": GLOW | dict(model_samples=100),
@@ -166,14 +166,14 @@ def minibatches(args, pre, images):
 
 
 def following(args, model, batches):
-    """The batches, on every tenth of which the actnorms take a tenth of the way to its moments, if they are held there.
+    """The batches. On every tenth, with the noise that dsm adds, actnorms that are held at the moments go a tenth of the way to them.
 
     A score is made of differences, and sees the mean and the scale of all that passes worst: trained by score matching
     alone they drift. Held at its moments, they are what maximum likelihood would make of them.
     """
     for step, x in enumerate(batches):
         if getattr(args, "actnorm", None) == "moments" and step % 10 == 0:
-            model.initialize(x, momentum=0.1)
+            model.initialize(x + getattr(args, "sigma", 0.0) * torch.randn_like(x), momentum=0.1)
         yield x
 
 

@@ -1,31 +1,34 @@
-"""Why the objectives need different numbers of points: the noise of their gradients, at the same weights of the toys' flow.
+"""Why the objectives need different numbers of points: the noise of their gradients, at the same weights.
 
     python -m experiments.gradient_variance --run runs/toys-0/swirl-dsm
+    python -m experiments.gradient_variance --run runs/mnist-cnn-ssm --batch-size 100 --batches 100 --xi 0.5
 
 dsm, sm, ssm and fdssm differ by a constant in their expectation over points (fdssm by O(ξ²) more), and so have one gradient,
-but not one variance. At the weights that a run of `train_toy.py` has kept, each is estimated from many batches: the squared
-norm of the mean gradient, and the sum of the variances of its elements, both from --batches batches.
-Writes results/gradient-variance.json.
+but not one variance. At the weights that a run of `train_toy.py` or `train_mnist.py` has kept, each is estimated from many
+batches (sm for the toys alone): the squared norm of the mean gradient, and the sum of the variances of its elements, both from
+--batches batches. Writes results/gradient-variance.json, and of images gradient-variance-ARCH.json.
 """
 
 import argparse
+import sys
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 import losses
-from data import TOYS, Toy
+import train_mnist
+from data import MNIST, TOYS, DataError, Toy, mnist
 from ebflow import toy_flow
 from experiments import machine, record
 from run import RunError, one_line_errors, read_checkpoint
 from training import trainable
 
-OBJECTIVES = {
-    "dsm": lambda flow, toy, n, xi: losses.dsm(flow.energy, toy.sample(n, "cpu", 0.0), Toy.smoothing),
-    "sm": lambda flow, toy, n, xi: losses.sm(flow.energy, toy.sample(n)),
-    "ssm": lambda flow, toy, n, xi: losses.ssm(flow.energy, toy.sample(n)),
-    "fdssm": lambda flow, toy, n, xi: losses.fdssm(flow.energy, toy.sample(n), xi),
+OBJECTIVES = {  # of an energy, bare points x, σ of the noise on them, ξ
+    "dsm": lambda energy, x, sigma, xi: losses.dsm(energy, x, sigma),
+    "sm": lambda energy, x, sigma, xi: losses.sm(energy, x + sigma * torch.randn_like(x)),
+    "ssm": lambda energy, x, sigma, xi: losses.ssm(energy, x + sigma * torch.randn_like(x)),
+    "fdssm": lambda energy, x, sigma, xi: losses.fdssm(energy, x + sigma * torch.randn_like(x), xi),
 }
 
 
@@ -37,34 +40,52 @@ def moments(loss, parameters, batches):
     return (gradients.mean(0).square().sum() - variance / batches).item(), variance.item()
 
 
+def finished(directory, data):
+    """A run of either script.   -> its flow, (n) -> n bare points, the σ of the noise on them, and the architecture if they are images"""
+    checkpoint = read_checkpoint(directory / "checkpoint.pt")
+    config = checkpoint["config"]
+    if config.get("data") in TOYS and "blocks" in config:
+        flow = toy_flow(blocks=config["blocks"], width=config["width"])
+        flow.load_state_dict(checkpoint["state"]["best"]["model"])
+        toy = TOYS[config["data"]]()
+        return flow, lambda n: toy.points(n, "cpu"), Toy.smoothing, None
+    sigma = config.get("sigma") or config.get("noise")
+    if "arch" not in config or not (config["map"] and sigma):
+        raise RunError(f"{directory} is no run of train_toy.py, nor one of train_mnist.py by score matching under noise")
+    images = mnist(data)[0]
+    args, pre, flow, _ = train_mnist.load(directory, images)
+    args.noise = 0.0
+    images = images.view(len(images), *flow.shape)
+    return flow, lambda n: train_mnist.minibatch(args, pre, images[torch.randint(len(images), (n,))]), sigma, args.arch
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--run", type=Path, required=True, help="directory of a run of train_toy.py")
+    parser.add_argument("--run", type=Path, required=True, help="directory of a run of train_toy.py or train_mnist.py")
     parser.add_argument("--batch-size", type=int, default=512)
     parser.add_argument("--batches", type=int, default=200)
     parser.add_argument("--xi", type=float, default=0.2)
+    parser.add_argument("--data", type=Path, default=MNIST, help="of a run of train_mnist.py")
     parser.add_argument("--results", type=Path, default=Path("results"))
     a = parser.parse_args(argv)
     if a.batch_size < 1 or a.batches < 2 or not a.xi > 0:
         parser.error("it takes two batches, one point and a positive --xi")
-    with one_line_errors(OSError):
-        checkpoint = read_checkpoint(a.run / "checkpoint.pt")
-        config = checkpoint["config"]
-        if config.get("data") not in TOYS or "blocks" not in config:
-            raise RunError(f"{a.run} is no run of train_toy.py")
-        flow = toy_flow(blocks=config["blocks"], width=config["width"])
-        flow.load_state_dict(checkpoint["state"]["best"]["model"])
-        toy, rows = TOYS[config["data"]](), {}
+    with one_line_errors(DataError, OSError):
+        flow, draw, sigma, arch = finished(a.run, a.data)
+        rows = {}
         torch.manual_seed(0)
         for name, loss in tqdm(OBJECTIVES.items(), dynamic_ncols=True):
-            mean, variance = moments(lambda: loss(flow, toy, a.batch_size, a.xi), trainable(flow), a.batches)
+            if name == "sm" and arch:
+                continue  # D backward passes
+            mean, variance = moments(lambda: loss(flow.energy, draw(a.batch_size), sigma, a.xi), trainable(flow), a.batches)
             rows[name] = {"mean": mean, "variance": variance}
         a.results.mkdir(exist_ok=True)
-        result = {"command": f"python -m experiments.gradient_variance --run {a.run}", "machine": machine(), "batch_size": a.batch_size,
+        flags = " ".join(sys.argv[1:] if argv is None else argv)
+        result = {"command": f"python -m experiments.gradient_variance {flags}", "machine": machine(), "batch_size": a.batch_size,
                   "batches": a.batches, "xi": a.xi, "rows": rows}
-        record(a.results / "gradient-variance.json", result)
+        record(a.results / f"gradient-variance{'-' + arch if arch else ''}.json", result)
         for name, row in rows.items():
-            print(f"{name:6} mean² {row['mean']:8.1f}   variance {row['variance']:8.1f}   of dsm's {row['variance'] / rows['dsm']['variance']:.1f}")
+            print(f"{name:6} mean² {row['mean']:10.4g}   variance {row['variance']:10.4g}   of dsm's {row['variance'] / rows['dsm']['variance']:.1f}")
 
 
 if __name__ == "__main__":

@@ -244,13 +244,21 @@ def test_all_four_score_matching_objectives_have_one_mean_gradient_and_the_exper
     for mean, error in zip(means, errors):  # in every element
         assert ((mean - means[1]).abs() < 5 * (error + errors[1]) + 1e-3).all()
     assert means[1].abs().max() > 20 * errors[1].max()  # of which there is something to see
-    for flags, message in ((["--xi", "0"], "positive --xi"), (["--run", str(tmp_path)], "cannot read")):
+    data = small_data_set(tmp_path)
+    for loss in ("ssm", "ml"):
+        train_mnist.main(["--arch", "cnn", "--loss", loss, "--epochs", "1", "--batch-size", "100", "--data", str(data), "--device", "cpu",
+                          "--out", str(tmp_path / loss)])
+    gradient_variance.main([*shared, "--run", str(tmp_path / "ssm"), "--data", str(data), "--batches", "20", "--batch-size", "50"])
+    rows = json.loads((tmp_path / "gradient-variance-cnn.json").read_text())["rows"]
+    assert list(rows) == ["dsm", "ssm", "fdssm"] and rows["fdssm"]["variance"] > rows["ssm"]["variance"]  # which has ½‖∇E‖² exactly
+    for flags, message in ((["--xi", "0"], "positive --xi"), (["--run", str(tmp_path)], "cannot read"),
+                           (["--run", str(tmp_path / "ml")], "nor one of train_mnist.py by score matching under noise")):
         with pytest.raises(SystemExit) as exit:
             gradient_variance.main([*shared, *flags])
         assert message in str(exit.value.code) + capsys.readouterr().err
 
 
 def gradient_samples(flow, toy, loss):
-    gradients = torch.stack([torch.cat([g.flatten() for g in torch.autograd.grad(loss(flow, toy, 2000, 0.05), [*flow.parameters()],
+    gradients = torch.stack([torch.cat([g.flatten() for g in torch.autograd.grad(loss(flow.energy, toy.points(2000, "cpu"), toy.smoothing, 0.05), [*flow.parameters()],
                                                                                  materialize_grads=True)]) for _ in range(100)])
     return gradients.mean(0), gradients.std(0) / 10
