@@ -206,14 +206,16 @@ def test_the_rivals_run_and_go_on_from_what_they_have(tmp_path, capsys):
     path = tmp_path / "rivals.json"
     first = path.read_text()
     runs = json.loads(first)["runs"]
-    assert set(runs) == set(rivals.METHODS)
-    for run in runs.values():
+    assert set(runs) == {f"{name}, {start}" for name in rivals.METHODS for start in ("center", "whiten")}
+    for name, run in runs.items():
         assert [step for step, _, _ in run["curve"]] == [0, 4, 8, 12] and run["broke"] is None
-        assert run["curve"][-1][2] < run["curve"][0][2]  # the NLL
+        assert run["curve"][-1][2] < run["curve"][0][2] or "whiten" in name  # the NLL
+        assert (run["curve"][0][1] > 0) == ("whiten" in name)  # seconds
     rivals.main(shared)
     assert path.read_text() == first and rivals.rows(runs)[2] in capsys.readouterr().out
     assert (tmp_path / "rivals.png").stat().st_size > 1000
-    assert rivals.reached([(0, 0.0, 9.0), (1, 2.0, 4.0)], 5) == 2 and rivals.reached([(0, 0.0, 9.0)], 5) is None
+    assert rivals.reached([(0, 0.0, 9.0), (1, 2.0, 4.0)], 5) == 1.6 and rivals.reached([(0, 0.0, 9.0)], 5) is None
+    assert rivals.reached([(0, 0.5, 4.0), (1, 2.0, 3.0)], 5) == 0.5
     with pytest.raises(SystemExit) as exit:
         rivals.main([*shared, "--seed", "1"])
     assert "seed is 0 there and 1 here; move it away" in exit.value.code
@@ -221,7 +223,7 @@ def test_the_rivals_run_and_go_on_from_what_they_have(tmp_path, capsys):
 
 def test_a_rival_that_breaks_down_is_a_row(tmp_path):
     splits = mnist(small_data_set(tmp_path))
-    run = rivals.train("ml", ["--batch-size", "50", "--lr", "1e30", "--warmup", "0"], 10, 5, splits, torch.device("cpu"))
+    run = rivals.train("ml", "center", ["--batch-size", "50", "--lr", "1e30", "--warmup", "0"], 10, 5, splits, torch.device("cpu"))
     assert "epoch 1, step" in run["broke"] and len(run["curve"]) == 1
     assert "epoch 1, step" in rivals.rows({"ml": run})[0]
 
