@@ -11,7 +11,7 @@ import pytest
 import train_ebm
 import train_mnist
 import train_toy
-from experiments import ablation, balanced, runtime, toys
+from experiments import ablation, balanced, rivals, runtime, toys
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -92,6 +92,13 @@ def test_the_table_of_the_toys_holds_the_recorded_numbers():
 def test_the_variances_of_the_gradients_are_the_recorded_ones():
     for name, row in result("gradient-variance.json")["rows"].items():
         assert f"`{name}` {row['variance']:.0f}" in README
+    for name, row in result("gradient-variance-cnn.json")["rows"].items():
+        assert f"`{name}` {row['variance']:.1e}" in README
+
+
+def test_the_table_of_the_rivals_holds_the_recorded_numbers():
+    for row in rivals.rows(result("rivals.json")["runs"]):
+        assert row in README
 
 
 def test_the_table_of_the_ablation_holds_the_recorded_numbers():
