@@ -201,9 +201,10 @@ class ActNorm(LinearLayer):
 
     @torch.no_grad()
     def initialize(self, x, momentum=1.0):
-        std, mean = torch.std_mean(x.transpose(0, 1).flatten(1), dim=1)  # (C,)
-        if (std == 0).any():
+        x = x.transpose(0, 1).flatten(1)  # (C, n)
+        if x.shape[1] == 1 or (x == x[:, :1]).all(1).any():
             raise ValueError("actnorm cannot start from a batch with a constant channel: give it more samples")
+        std, mean = torch.std_mean(x, dim=1)  # (C,)
         self.log_scale.lerp_(-std.log(), momentum)
         self.bias.lerp_(-mean / std, momentum)
 

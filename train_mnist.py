@@ -168,13 +168,24 @@ def minibatches(args, pre, images):
 def following(args, model, batches):
     """The batches. On every tenth, with the noise that dsm adds, actnorms that are held at the moments go a tenth of the way to them.
 
-    A score is made of differences, and sees the mean and the scale of all that passes worst: trained by score matching
-    alone they drift. Held at its moments, they are what maximum likelihood would make of them.
+    The score hardly shows the mean and the scale of what passes a layer, and where it alone trains them they drift. The
+    last actnorm, before the prior N(0, I), has its maximum-likelihood value there; the others normalise as a batch normalisation.
     """
     for step, x in enumerate(batches):
-        if getattr(args, "actnorm", None) == "moments" and step % 10 == 0:
-            model.initialize(x + getattr(args, "sigma", 0.0) * torch.randn_like(x), momentum=0.1)
+        if moments_are_held(args) and step % 10 == 0:
+            hold(model, x + getattr(args, "sigma", 0.0) * torch.randn_like(x), momentum=0.1)
         yield x
+
+
+def moments_are_held(args):
+    return getattr(args, "actnorm", None) == "moments"
+
+
+def hold(model, x, momentum=1.0):
+    try:
+        model.initialize(x, momentum)
+    except ValueError as error:  # of a batch with a constant channel
+        raise RunError(f"{error}, or take --actnorm trained") from None
 
 
 @torch.no_grad()
@@ -204,9 +215,9 @@ def train(args, device):
     seen = flow if args.map else image_model  # whose energy the objective sees
 
     def validate(model):
-        if getattr(args, "actnorm", None) == "moments":  # those of the averaged weights
+        if moments_are_held(args) and args.ema:  # averaged weights have moments of their own: those of training images
             torch.manual_seed(0)
-            model.initialize(dequantize(train_set[:1000]))
+            hold(model, dequantize(train_set[:1000]))
         return likelihood("val", evaluate(model, val_set), flow.shape)
 
     best = fit(args, run, image_model, MovingAverage(image_model, args.ema_decay),
@@ -227,12 +238,15 @@ def train(args, device):
 def load(directory, images):
     """A finished run on these training images.   -> its settings, and pre-processing, flow and flow of images with the weights that were kept
 
-    Raises RunError where there is no whole checkpoint.
+    Raises RunError where there is no whole checkpoint, or one that does not fit.
     """
     checkpoint = read_checkpoint(Path(directory) / "checkpoint.pt")
     args = argparse.Namespace(**checkpoint["config"])
-    parts = build(args, images)
-    parts[-1].load_state_dict(checkpoint["state"]["best"]["model"])  # of which the other two are parts
+    try:
+        parts = build(args, images)
+        parts[-1].load_state_dict(checkpoint["state"]["best"]["model"])  # of which the other two are parts
+    except (AttributeError, KeyError, RuntimeError):
+        raise RunError(f"{directory} is a run on images of another size, or of another version of this code") from None
     return args, *parts
 
 

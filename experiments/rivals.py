@@ -17,6 +17,8 @@ results/rivals.json after every run, and goes on from it; results/rivals.png; an
 """
 
 import argparse
+import json
+import statistics
 import time
 from pathlib import Path
 
@@ -131,7 +133,7 @@ class Rival(nn.Module):
 
 
 def train(name, normalize, flags, steps, every, splits, device):
-    """One run.   -> {"curve": [(step, seconds, validation NLL)], "rate": batches/s, "broke": why, or None}
+    """One run.   -> {"curve": [(step, seconds, validation NLL)], "broke": why, or None}
 
     The clock starts with what whitening takes, and stands still while the model is evaluated.
     """
@@ -141,7 +143,7 @@ def train(name, normalize, flags, steps, every, splits, device):
     torch.manual_seed(args.seed)
     start = time.perf_counter()
     pre, flow, image_model = (part.to(device) for part in train_mnist.build(args, splits[0]))
-    seconds = whitening = time.perf_counter() - start if normalize == "whiten" else 0.0
+    seconds = time.perf_counter() - start if normalize == "whiten" else 0.0
     train_set, val_set = (x.flatten(1).to(device) for x in splits[:2])
     if every > len(train_set) // args.batch_size:
         raise RunError(f"--every {every} is more than an epoch of {len(train_set) // args.batch_size} batches: lower it")
@@ -170,30 +172,38 @@ def train(name, normalize, flags, steps, every, splits, device):
             broke = None
         except RunError as error:
             broke = str(error).split(": lower")[0]
-    rate = curve[-1][0] / (seconds - whitening) if curve and curve[-1][0] else None
-    return {"curve": curve, "rate": rate, "broke": broke}
+    return {"curve": curve, "broke": broke}
+
+
+def step_time(curve):
+    """Seconds of a step, the median of the stretches between evaluations: a slow moment of the machine is nobody's fault."""
+    return statistics.median((t1 - t0) / (s1 - s0) for (s0, t0, _), (s1, t1, _) in zip(curve, curve[1:])) if len(curve) > 1 else None
 
 
 def reached(curve, level):
-    """Seconds after which the validation NLL was first at `level`, on straight lines between the evaluations; None if never."""
+    """Steps after which the validation NLL was first at `level`, on straight lines between the evaluations; None if never."""
     if curve and curve[0][2] <= level:
-        return curve[0][1]
-    for (_, t0, before), (_, t1, after) in zip(curve, curve[1:]):
+        return 0
+    for (s0, _, before), (s1, _, after) in zip(curve, curve[1:]):
         if after <= level:
-            return t0 + (t1 - t0) * (before - level) / (before - after)
+            return s0 + (s1 - s0) * (before - level) / (before - after)
     return None
 
 
 def rows(runs):
-    """The README's table: best and last validation NLL, batches/s, seconds to each level."""
-    def number(value, digits):
-        return "–" if value is None else f"{value:.{digits}f}"
-
+    """The README's table: start, best and last validation NLL, batches/s, and to each level the steps and the seconds that they take."""
     lines = []
     for name, run in runs.items():
-        nlls = [nll for _, _, nll in run["curve"]]
-        cells = [number(min(nlls), 1), run["broke"] or number(nlls[-1], 1), number(run["rate"], 1),
-                 *(number(reached(run["curve"], level), 1) for level in LEVELS)]
+        curve, cells = run["curve"], []
+        nlls, time_of_step = [nll for _, _, nll in curve], step_time(curve)
+        if nlls:
+            cells = [f"{nlls[0]:.1f}", f"{min(nlls):.1f}", run["broke"] or f"{nlls[-1]:.1f}"]
+        if time_of_step:
+            cells.append(f"{1 / time_of_step:.1f}")
+            for steps in (reached(curve, level) for level in LEVELS):
+                cells.append("–" if steps is None else f"{steps:.0f}: {curve[0][1] + steps * time_of_step:.1f}")
+        else:
+            cells.append(run["broke"])
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return lines
 
@@ -201,11 +211,12 @@ def rows(runs):
 def picture(runs):
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     lowest = min(nll for run in runs.values() for _, _, nll in run["curve"])
-    for axes, column, label in zip(figure.subplots(1, 2, sharey=True), (1, 0), ("seconds of training", "steps")):
+    for axes, label in zip(figure.subplots(1, 2, sharey=True), ("seconds of training", "steps")):
         for i, name in enumerate(METHODS):
             for start, style in zip(STARTS, ("-", "--")):
-                curve = runs[f"{name}, {start}"]["curve"][start == "center":]  # a logarithmic axis has no zero
-                axes.plot([point[column] for point in curve], [nll for _, _, nll in curve], style, color=f"C{i}",
+                curve = runs[f"{name}, {start}"]["curve"]
+                offset, scale = (curve[0][1], step_time(curve)) if label != "steps" else (0, 1)
+                axes.plot([offset + scale * step for step, _, _ in curve[1:]], [nll for _, _, nll in curve[1:]], style, color=f"C{i}",
                           label=name if start == "center" else None)
         axes.set(xlabel=label, xscale="log", ylim=(lowest - 10, lowest + 200))
         axes.grid(alpha=0.3, which="both")
@@ -230,7 +241,8 @@ def main(argv=None):
         device, splits = pick_device(a.device), mnist(a.data)
         a.results.mkdir(exist_ok=True)
         path = a.results / "rivals.json"
-        result = recorded(path, command="python -m experiments.rivals", steps=a.steps, every=a.every, batch_size=a.batch_size, seed=a.seed)
+        result = recorded(path, command="python -m experiments.rivals", methods=json.loads(json.dumps(METHODS)), images=list(splits[0].shape),
+                          device=str(device), steps=a.steps, every=a.every, batch_size=a.batch_size, seed=a.seed)
         flags = ["--seed", str(a.seed), *(["--batch-size", str(a.batch_size)] if a.batch_size else [])]
         for start in STARTS:
             for name in METHODS:

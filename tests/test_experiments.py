@@ -214,8 +214,11 @@ def test_the_rivals_run_and_go_on_from_what_they_have(tmp_path, capsys):
     rivals.main(shared)
     assert path.read_text() == first and rivals.rows(runs)[2] in capsys.readouterr().out
     assert (tmp_path / "rivals.png").stat().st_size > 1000
-    assert rivals.reached([(0, 0.0, 9.0), (1, 2.0, 4.0)], 5) == 1.6 and rivals.reached([(0, 0.0, 9.0)], 5) is None
-    assert rivals.reached([(0, 0.5, 4.0), (1, 2.0, 3.0)], 5) == 0.5
+    curve = [(0, 0.5, 9.0), (10, 2.5, 4.0), (20, 4.5, 3.0), (30, 90.5, 3.5)]  # the last stretch was disturbed
+    assert rivals.step_time(curve) == 0.2 and rivals.reached(curve, 5) == 8
+    assert rivals.reached(curve, 10) == 0 and rivals.reached(curve, 2) is None
+    assert rivals.rows({"a": {"curve": [(s, t, 1100 * x / 9) for s, t, x in curve], "broke": None}}) == [
+        "| a | 1100.0 | 366.7 | 427.8 | 5.0 | 0: 0.5 | 0: 0.6 | 1: 0.6 |"]
     with pytest.raises(SystemExit) as exit:
         rivals.main([*shared, "--seed", "1"])
     assert "seed is 0 there and 1 here; move it away" in exit.value.code
@@ -225,7 +228,7 @@ def test_a_rival_that_breaks_down_is_a_row(tmp_path):
     splits = mnist(small_data_set(tmp_path))
     run = rivals.train("ml", "center", ["--batch-size", "50", "--lr", "1e30", "--warmup", "0"], 10, 5, splits, torch.device("cpu"))
     assert "epoch 1, step" in run["broke"] and len(run["curve"]) == 1
-    assert "epoch 1, step" in rivals.rows({"ml": run})[0]
+    assert "epoch 1, step" in rivals.rows({"ml": run})[0] and "weight" in rivals.rows({"ml": {"curve": [], "broke": "a weight"}})[0]
 
 
 def test_the_moments_of_a_gradient_are_those_of_known_noise():

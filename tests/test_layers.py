@@ -58,8 +58,9 @@ def test_actnorm_starts_from_its_data():
     torch.testing.assert_close(std, torch.ones(4), atol=1e-5, rtol=0)
     layer.initialize(2 * x, momentum=0.25)  # a quarter of the way to those of 2x, whose log s is smaller by log 2
     torch.testing.assert_close(layer.log_scale, -torch.std(x, dim=(0, 2, 3)).log() - 0.25 * math.log(2))
-    with pytest.raises(ValueError, match="constant channel"):
-        layer.initialize(torch.zeros(8, 4))
+    for x in (torch.zeros(8, 4), torch.randn(1, 4)):
+        with pytest.raises(ValueError, match="constant channel"):
+            layer.initialize(x)
     flow = toy_flow(blocks=2, width=4)  # the second actnorm sees what the first one sends on
     x = 3 + 5 * torch.randn(512, 2)
     flow.initialize(x)

@@ -19,11 +19,12 @@ from ebflow import EBFlow, fc_flow, logit_preprocessing
 from data import dequantize, mnist
 from layers import ActNorm, LinearLayer
 from training import MovingAverage, learning_rate, make_optimizer, train_step, trainable
+from run import RunError
 from run import read_metrics as rows
 from test_data import small_data_set
 import losses
 import training
-from train_mnist import DEFAULTS, LOSSES, build, evaluate, load, main, minibatch, minibatches, parse
+from train_mnist import DEFAULTS, LOSSES, build, evaluate, following, load, main, minibatch, minibatches, parse
 
 ROOT = Path(__file__).parent.parent
 
@@ -206,7 +207,24 @@ def test_a_glow_starts_with_every_actnorm_giving_mean_0_and_variance_1(data):
     assert len(outputs) == 5 and off(outputs) < 0.1
 
 
-def test_actnorms_held_at_their_moments_stay_there_while_the_others_train(data, tmp_path):
+@pytest.mark.parametrize("actnorm", ["moments", "trained"])
+def test_actnorms_held_at_their_moments_go_there_as_batches_pass_and_trained_ones_stay(data, actnorm):
+    images = mnist(data)[0]
+    args = parse(["--arch", "glow", "--loss", "dsm", "--sigma", "2", "--width", "4", "--depth", "2", "--actnorm", actnorm, "--batch-size", "100"])
+    pre, flow, _ = build(args, images)
+    assert all(p.requires_grad == (actnorm == "trained") for m in flow.modules() if isinstance(m, ActNorm) for p in m.parameters())
+    with torch.no_grad():
+        for p in flow.parameters():
+            p.add_(0.3 * torch.randn_like(p))
+    z = pre(dequantize(images[:1000]))
+    clean, noisy = (lambda: off(actnorm_outputs(flow, z))), (lambda: off(actnorm_outputs(flow, z + 2 * torch.randn_like(z))))
+    before = noisy()
+    for _ in range(60):
+        list(following(args, flow, minibatches(args, pre, images)))
+    assert (noisy() < 0.3 * before and noisy() < clean()) if actnorm == "moments" else noisy() == pytest.approx(before, rel=0.3)
+
+
+def test_the_averaged_weights_have_actnorms_at_their_own_moments(data, tmp_path):
     images, worst = mnist(data)[0], {}
     for actnorm in ("moments", "trained"):
         main(arguments(data, tmp_path / actnorm, "--arch", "glow", "--width", "4", "--depth", "2", "--lr", "1e-2", "--epochs", "8",
@@ -214,6 +232,14 @@ def test_actnorms_held_at_their_moments_stay_there_while_the_others_train(data, 
         _, pre, flow, _ = load(tmp_path / actnorm, images)
         worst[actnorm] = off(actnorm_outputs(flow, pre(dequantize(images[:1000]))))
     assert worst["moments"] < 0.1 < 0.3 < worst["trained"]
+
+
+def test_a_batch_without_moments_and_a_run_of_other_images_are_one_line(data, tmp_path, capsys):
+    small = ["--arch", "glow", "--width", "4", "--depth", "1", "--epochs", "1"]
+    assert "constant channel" in fails(capsys, *arguments(data, tmp_path / "one", *small, "--batch-size", "1"))
+    main(arguments(data, tmp_path / "run", *small))
+    with pytest.raises(RunError, match="images of another size"):
+        load(tmp_path / "run", torch.zeros(10, 1, 8, 8, dtype=torch.uint8))
 
 
 def test_a_glow_with_actnorms_at_their_moments_resumes_exactly(data, tmp_path, monkeypatch):
