@@ -68,7 +68,7 @@ GLOW_MATCHED = GLOW | dict(lr=3e-4, normalize="center", actnorm="moments", clip=
 DEFAULTS["glow"] = {
     "ml": GLOW,
     "sml": GLOW | dict(model_samples=100),
-    "ssm": GLOW_MATCHED | dict(noise=0.4),
+    "ssm": GLOW_MATCHED | dict(epochs=3, clip=100.0, noise=0.4),
     "dsm": GLOW_MATCHED | dict(sigma=0.4),
     "fdssm": GLOW_MATCHED | dict(noise=0.4, xi=1.0),
 }

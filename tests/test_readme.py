@@ -61,6 +61,10 @@ def test_the_package_installs_every_module():
     assert set(re.findall(r'"(\w+)"', listed)) == {path.stem for path in ROOT.glob("*.py")} - {"test_gradients"}
 
 
+def test_nothing_in_the_readme_was_left_to_be_filled_in():
+    assert not re.search(r"@[A-Z]|TODO|XXX", README)
+
+
 def test_the_readme_has_the_two_commands_that_ci_and_readers_run():
     for name in ("training", "test"):
         assert re.search(rf"<!-- {name} command -->\n```\npython3 -m venv .*?\n```", README, re.S)
@@ -73,7 +77,7 @@ def test_every_python_example_in_the_readme_runs():
         exec(compile(ast.parse(example), "README.md", "exec"), {})
 
 
-@pytest.mark.parametrize("arch", ["fc", "cnn"])
+@pytest.mark.parametrize("arch", ["fc", "cnn", "glow"])
 def test_the_table_of_results_holds_the_recorded_numbers(arch):
     for loss, row in json.loads((ROOT / "results" / f"mnist-{arch}.json").read_text()).items():
         assert (f"| {loss} | {row['start_val_nll']:.1f} | {row['val_nll']:.1f} | **{row['test_nll']:.1f}** | {row['test_bpd']:.3f} | "
