@@ -1,4 +1,4 @@
-"""The table of results: all five objectives on MNIST with their default settings.
+"""The table of results: the objectives on MNIST with their default settings.
 
     python -m experiments.mnist
     python -m experiments.mnist --arch cnn
@@ -18,6 +18,7 @@ from run import read_metrics, save_picture
 
 TITLES = {"fc": "exact NLL of the two-layer flow on MNIST", "cnn": "exact NLL of the convolutional flow on MNIST",
           "glow": "exact NLL of a small Glow on MNIST"}
+BREAKS_DOWN = {("glow", "sml")}  # some of its draws explode: where no datum is, a coupling's scale may be anything above 0
 PAPER = {"fc": 1092.4, "cnn": 1101.3}  # ml's
 
 
@@ -32,6 +33,8 @@ def main(argv=None):
     figure = Figure(figsize=(7, 3.6), layout="constrained")
     axes = figure.subplots()
     for loss in train_mnist.LOSSES:
+        if (a.arch, loss) in BREAKS_DOWN:
+            continue
         directory = a.runs / f"mnist-{a.arch}-{loss}"
         resume = ["--resume"] if (directory / "config.json").exists() else []  # it refuses a run of other settings
         train_mnist.main(["--arch", a.arch, "--loss", loss, "--out", str(directory), *resume])
