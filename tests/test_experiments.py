@@ -161,6 +161,7 @@ def some_flow():
 def test_the_relative_gradient_is_that_of_maximum_likelihood_times_w_transposed_w(float64):
     flow, x = some_flow(), torch.randn(9, 6)
     exact = torch.autograd.grad(losses.ml(flow.log_prob, x), [*flow.parameters()])
+    torch.testing.assert_close(torch.autograd.grad(rivals.Rival(flow, rivals.ExactLayer)(x), [*flow.parameters()]), exact)
     relative = torch.autograd.grad(rivals.Rival(flow, rivals.RelativeLayer)(x), [*flow.parameters()])
     for p, e, r in zip(flow.parameters(), exact, relative):
         torch.testing.assert_close(r, e @ p.T @ p if p.dim() == 2 else e)
@@ -264,6 +265,6 @@ def test_all_four_score_matching_objectives_have_one_mean_gradient_and_the_exper
 
 
 def gradient_samples(flow, toy, loss):
-    gradients = torch.stack([torch.cat([g.flatten() for g in torch.autograd.grad(loss(flow.energy, toy.points(2000, "cpu"), toy.smoothing, 0.05), [*flow.parameters()],
+    gradients = torch.stack([torch.cat([g.flatten() for g in torch.autograd.grad(loss(flow.energy, toy.points(2000, "cpu"), 2.0, 0.05), [*flow.parameters()],
                                                                                  materialize_grads=True)]) for _ in range(100)])
     return gradients.mean(0), gradients.std(0) / 10

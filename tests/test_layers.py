@@ -49,6 +49,15 @@ def test_the_logit_of_the_darkest_and_the_brightest_pixel_is_finite():
             assert torch.equal(a, b)
 
 
+def test_no_layer_of_a_glow_moves_at_momentum_0():
+    flow, x = ebflow.glow_flow((1, 8, 8), width=3, depth=2), 3 + 5 * torch.randn(20, 1, 8, 8)
+    before = [p.clone() for p in flow.parameters()]
+    flow.initialize(x, momentum=0.0)
+    assert all(torch.equal(p, q) for p, q in zip(before, flow.parameters()))
+    flow.initialize(x, momentum=0.5)
+    assert not all(torch.equal(p, q) for p, q in zip(before, flow.parameters()))
+
+
 def test_actnorm_starts_from_its_data():
     x = 3 + 5 * torch.randn(64, 4, 6, 6)
     layer = ActNorm(4)
@@ -58,6 +67,10 @@ def test_actnorm_starts_from_its_data():
     torch.testing.assert_close(std, torch.ones(4), atol=1e-5, rtol=0)
     layer.initialize(2 * x, momentum=0.25)  # a quarter of the way to those of 2x, whose log s is smaller by log 2
     torch.testing.assert_close(layer.log_scale, -torch.std(x, dim=(0, 2, 3)).log() - 0.25 * math.log(2))
+    torch.testing.assert_close(layer.bias, -(mean := x.mean((0, 2, 3))) / torch.std(x, dim=(0, 2, 3)))  # the same for 2x
+    layer.initialize(2 * x + 8, momentum=0.5)
+    bias = -(2 * mean + 8) / (2 * torch.std(x, dim=(0, 2, 3)))
+    torch.testing.assert_close(layer.bias, 0.5 * (bias - mean / torch.std(x, dim=(0, 2, 3))))
     for x in (torch.zeros(8, 4), torch.randn(1, 4)):
         with pytest.raises(ValueError, match="constant channel"):
             layer.initialize(x)
