@@ -219,9 +219,17 @@ def test_actnorms_held_at_their_moments_go_there_as_batches_pass_and_trained_one
     z = pre(dequantize(images[:1000]))
     clean, noisy = (lambda: off(actnorm_outputs(flow, z))), (lambda: off(actnorm_outputs(flow, z + 2 * torch.randn_like(z))))
     before = noisy()
-    for _ in range(8):  # 25 batches each, three of which move the actnorms
+    for _ in range(8):
         list(following(args, flow, minibatches(args, pre, images)))
     assert (noisy() < 0.3 * before and noisy() < clean()) if actnorm == "moments" else noisy() == pytest.approx(before, rel=0.3)
+
+
+def test_one_batch_in_ten_moves_the_actnorms(data, monkeypatch):
+    momenta = []
+    monkeypatch.setattr(EBFlow, "initialize", lambda flow, x, momentum: momenta.append(momentum))
+    args = parse(["--arch", "glow", "--loss", "ssm"])
+    assert len(list(following(args, EBFlow([], (1,)), torch.ones(25, 2, 1)))) == 25
+    assert momenta == 3 * [0.1]
 
 
 def test_the_averaged_weights_have_actnorms_at_their_own_moments(data, tmp_path):
