@@ -130,7 +130,7 @@ def build(args, images):
         else:
             flow = glow_flow(shape, args.width, args.depth)
             flow.initialize(pre(dequantize(images[:1000])))
-            if args.actnorm == "moments":
+            if moments_are_held(args):
                 for layer in flow.modules():
                     if isinstance(layer, ActNorm):
                         layer.requires_grad_(False)

@@ -32,7 +32,7 @@ import train_mnist
 from data import MNIST, DataError, mnist
 from ebflow import EBFlow
 from experiments import record, recorded
-from experiments.speed import synchronize
+from experiments.speed import timed
 from layers import FullyConnected
 from run import RunError, one_line_errors, save_picture
 from training import MovingAverage, checked, fast_matmul, make_optimizer, objective, pick_device, train_epoch, trainable
@@ -160,12 +160,8 @@ def train(name, normalize, flags, steps, every, splits, device):
         try:
             for epoch in range(args.epochs + 1):
                 if epoch:
-                    synchronize(device)
-                    start = time.perf_counter()
                     with fast_matmul():
-                        train_epoch(args, epoch, loss, average, optimizer, minibatches, every, bar)
-                    synchronize(device)
-                    seconds += time.perf_counter() - start
+                        seconds += timed(lambda: train_epoch(args, epoch, loss, average, optimizer, minibatches, every, bar), device)
                 row = checked(args, epoch, lambda model: {"val_nll": train_mnist.evaluate(model, val_set)}, average.model)
                 curve.append((epoch * every, seconds, row["val_nll"]))
                 bar.set_postfix(val_nll=f"{row['val_nll']:.1f}")
@@ -215,6 +211,8 @@ def picture(runs):
         for i, name in enumerate(METHODS):
             for start, style in zip(STARTS, ("-", "--")):
                 curve = runs[f"{name}, {start}"]["curve"]
+                if len(curve) < 2:
+                    continue  # it broke down before there was a line to draw
                 offset, scale = (curve[0][1], step_time(curve)) if label != "steps" else (0, 1)
                 axes.plot([offset + scale * step for step, _, _ in curve[1:]], [nll for _, _, nll in curve[1:]], style, color=f"C{i}",
                           label=name if start == "center" else None)

@@ -229,6 +229,11 @@ def test_a_rival_that_breaks_down_is_a_row(tmp_path):
     splits = mnist(small_data_set(tmp_path))
     run = rivals.train("ml", "center", ["--batch-size", "50", "--lr", "1e30", "--warmup", "0"], 10, 5, splits, torch.device("cpu"))
     assert "epoch 1, step" in run["broke"] and len(run["curve"]) == 1
+    whole = {"curve": [(0, 0.0, 9.0), (5, 1.0, 8.0)], "broke": None}
+    runs = {f"{name}, {start}": whole for name in rivals.METHODS for start in rivals.STARTS}
+    assert sum(len(axes.lines) for axes in rivals.picture(runs).axes) == 20
+    runs |= {"ml, center": run, "ml, whiten": {"curve": [], "broke": "a weight"}}
+    assert sum(len(axes.lines) for axes in rivals.picture(runs).axes) == 16
     assert "epoch 1, step" in rivals.rows({"ml": run})[0] and "weight" in rivals.rows({"ml": {"curve": [], "broke": "a weight"}})[0]
 
 
