@@ -37,6 +37,7 @@ MATRICES = COMMON | dict(
     diagonal=1.0,        # initial weights: diagonal · I
     bias=0.0,            # initial biases
     bend=1.5,            # where the activation bends (see SmoothLeakyReLU)
+    actnorm="none",      # or a last layer more, which W₂ could take in: an actnorm, "trained" or at its "moments" (see `following`)
 )
 LOSSES = ["ml", "sml", "ssm", "dsm", "fdssm"]
 SLICED = dict(noise=0.0)  # added to what ssm and fdssm see, as σ of dsm is: they then learn the smoothed density, too
@@ -55,8 +56,8 @@ DEFAULTS["cnn"] = {
     "ml": LIKELY,
     "sml": LIKELY | dict(model_samples=100),
     "ssm": MATCHED | dict(epochs=8, noise=0.4),
-    "dsm": MATCHED | dict(sigma=0.4),
-    "fdssm": MATCHED | dict(batch_size=400, epochs=40, lr=2e-4, noise=0.4, xi=0.5),
+    "dsm": MATCHED | dict(sigma=0.4, actnorm="moments"),
+    "fdssm": MATCHED | dict(batch_size=1000, epochs=30, lr=1e-3, noise=0.4, xi=0.5, actnorm="moments"),
 }
 GLOW = COMMON | dict(
     epochs=5, lr=1e-3, normalize="scale", clip=500.0,
@@ -129,11 +130,13 @@ def build(args, images):
             flow = cnn_flow(shape, diagonal=args.diagonal, bias=args.bias, bend=args.bend)
         else:
             flow = glow_flow(shape, args.width, args.depth)
-            flow.initialize(pre(dequantize(images[:1000])))
-            if moments_are_held(args):
-                for layer in flow.modules():
-                    if isinstance(layer, ActNorm):
-                        layer.requires_grad_(False)
+        if args.actnorm != "none":
+            if args.arch != "glow":
+                flow = EBFlow([*flow.layers, ActNorm(flow.shapes[-1][0])], shape)
+            flow.initialize(pre(dequantize(images[:1000].view(-1, *shape))))
+            for layer in flow.modules():
+                if isinstance(layer, ActNorm):
+                    layer.requires_grad_(not moments_are_held(args))
     except ValueError as error:  # an image that does not squeeze
         raise RunError(f"--arch {args.arch} cannot take images of {images.shape[-2]}×{images.shape[-1]}: {error}") from None
     return pre, flow, EBFlow([*pre.layers, *flow.layers], shape)
@@ -165,20 +168,21 @@ def minibatches(args, pre, images):
             yield minibatch(args, pre, images[index])
 
 
-def following(args, model, batches):
-    """The batches. On every tenth, with the noise that dsm adds, actnorms that are held at the moments go a tenth of the way to them.
+def following(args, model, batches, momentum=0.1):
+    """The batches. On every tenth, with the noise that dsm adds, actnorms that are held at the moments go a tenth of the way to them,
+    or the fraction `momentum`.
 
     The score hardly shows the mean and the scale of what passes a layer, and where it alone trains them they drift. The
     last actnorm, before the prior N(0, I), has its maximum-likelihood value there; the others normalise as a batch normalisation.
     """
     for step, x in enumerate(batches):
         if moments_are_held(args) and step % 10 == 0:
-            hold(model, x + getattr(args, "sigma", 0.0) * torch.randn_like(x), momentum=0.1)
+            hold(model, x + getattr(args, "sigma", 0.0) * torch.randn_like(x), momentum)
         yield x
 
 
 def moments_are_held(args):
-    return getattr(args, "actnorm", None) == "moments"
+    return args.actnorm == "moments"
 
 
 def hold(model, x, momentum=1.0):
@@ -186,6 +190,13 @@ def hold(model, x, momentum=1.0):
         model.initialize(x, momentum)
     except ValueError as error:  # of a batch with a constant channel
         raise RunError(f"{error}, or take --actnorm trained") from None
+
+
+def refit(args, model, images):
+    """Averaged weights have moments of their own: held actnorms take those of 1,000 training images."""
+    if moments_are_held(args):
+        torch.manual_seed(0)
+        hold(model, dequantize(images[:1000]))
 
 
 @torch.no_grad()
@@ -215,9 +226,8 @@ def train(args, device):
     seen = flow if args.map else image_model  # whose energy the objective sees
 
     def validate(model):
-        if moments_are_held(args) and args.ema:  # averaged weights have moments of their own: those of training images
-            torch.manual_seed(0)
-            hold(model, dequantize(train_set[:1000]))
+        if args.ema:
+            refit(args, model, train_set)
         return likelihood("val", evaluate(model, val_set), flow.shape)
 
     best = fit(args, run, image_model, MovingAverage(image_model, args.ema_decay),
@@ -301,6 +311,8 @@ def parse(argv=None):
     args = with_settings(parser, args, tables, (PAPER if args.paper else DEFAULTS)[args.arch][args.loss])
     if args.arch != "fc" and args.normalize == "whiten":
         parser.error("--normalize whiten mixes all pixels, which only the first matrix of --arch fc can take in")
+    if args.arch == "glow" and args.actnorm == "none":
+        parser.error("--arch glow has actnorms: --actnorm is trained or moments")
     if args.out is None:
         args.out = Path("runs") / f"mnist-{args.arch}-{args.loss}"
     return args

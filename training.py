@@ -98,14 +98,17 @@ class MovingAverage:
 
 @contextlib.contextmanager
 def fast_matmul():
-    """Lets a CPU multiply in bfloat16 where it has units for that (AMX). Where it has none the products stay
-    float32, but come from oneDNN instead of MKL, which is slow on AMD processors. For training only."""
-    before = torch.backends.mkldnn.matmul.fp32_precision
-    torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+    """Lets a GPU multiply in TF32, and a CPU in bfloat16 where it has units for that (AMX). On a CPU that has none
+    the products stay float32, but come from oneDNN instead of MKL, which is slow on AMD processors. For training only."""
+    precisions = ((torch.backends.cuda.matmul, "tf32"), (torch.backends.mkldnn.matmul, "bf16"))
+    before = [matmul.fp32_precision for matmul, _ in precisions]
+    for matmul, precision in precisions:
+        matmul.fp32_precision = precision
     try:
         yield
     finally:
-        torch.backends.mkldnn.matmul.fp32_precision = before
+        for (matmul, _), precision in zip(precisions, before):
+            matmul.fp32_precision = precision
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -217,7 +220,7 @@ def remedy(args):
 
 
 CHOICES = {"optimizer": ["adam", "rmsprop"], "schedule": ["cosine", "steps"], "normalize": ["none", "black", "center", "scale", "whiten"],
-           "actnorm": ["trained", "moments"]}
+           "actnorm": ["none", "trained", "moments"]}
 
 
 def pick_device(name, joint=False):

@@ -44,8 +44,9 @@ def train(args, splits, device):
             for epoch in range(1, args.epochs + 1):
                 with fast_matmul():
                     trace = train_epoch(args, epoch, lambda x: objective(args, seen, x), average, optimizer,
-                                        lambda epoch: train_mnist.minibatches(args, pre, train_set), steps, bar)
+                                        lambda epoch: train_mnist.following(args, seen, train_mnist.minibatches(args, pre, train_set)), steps, bar)
                 norms += trace[:, 1].tolist()
+            train_mnist.refit(args, average.model, train_set)
             nll = {name: train_mnist.evaluate(model, test_set) for name, model in (("EMA", average.model), ("no EMA", image_model))}
         except (RunError, torch.linalg.LinAlgError) as error:
             return {"EMA": None, "no EMA": None, "norms": norms[:CURVE], "broke": str(error).split(": lower")[0]}

@@ -18,8 +18,10 @@ results/rivals.json after every run, and goes on from it; results/rivals.png; an
 
 import argparse
 import json
+import math
 import statistics
 import time
+from itertools import chain, count, islice
 from pathlib import Path
 
 import torch
@@ -33,7 +35,7 @@ from data import MNIST, DataError, mnist
 from ebflow import EBFlow
 from experiments import record, recorded
 from experiments.speed import timed
-from layers import FullyConnected
+from layers import FullyConnected, LinearLayer
 from run import RunError, one_line_errors, save_picture
 from training import MovingAverage, checked, fast_matmul, make_optimizer, objective, pick_device, train_epoch, trainable
 
@@ -129,42 +131,60 @@ class Rival(nn.Module):
 
     def forward(self, x):
         energy = self.flow.energy(x).mean()
-        return energy + sum(layer.determinant() for layer in self.flow.layers if isinstance(layer, FullyConnected))
+        determinants = [layer.determinant() if isinstance(layer, FullyConnected) else -layer.log_abs_det(shape)
+                        for layer, shape in zip(self.flow.layers, self.flow.shapes) if isinstance(layer, LinearLayer)]
+        return energy + sum(determinants)
 
 
-def train(name, normalize, flags, steps, every, splits, device):
+def beside(images, n):
+    """Images of n of the images beside each other, drawn anew: n times the D.   uint8 (N, …) -> (N // n, n · D)"""
+    if n == 1:
+        return images.flatten(1)
+    return images.flatten(1)[torch.randperm(len(images), device=images.device)[:len(images) // n * n]].view(len(images) // n, -1)
+
+
+def train(name, normalize, flags, steps, every, splits, device, digits=1, until=-math.inf, longest=math.inf):
     """One run.   -> {"curve": [(step, seconds, validation NLL)], "broke": why, or None}
 
-    The clock starts with what whitening takes, and stands still while the model is evaluated.
+    The clock starts with what whitening takes, and stands still while the model is evaluated. It ends early where the
+    NLL is `until`, or the clock at `longest`. With `digits` an image is that many of them beside each other, and the NLL is that of one.
     """
     loss_name, own = METHODS[name]
     args = train_mnist.parse(["--loss", loss_name, "--normalize", normalize, "--epochs", str(-(-steps // every)),  # of `every` steps
                               *own[normalize], *flags])
     torch.manual_seed(args.seed)
+    train_set, val_set = splits[0], beside(splits[1], digits).to(device)
+    if len(train_set) // digits < args.batch_size:
+        raise RunError(f"{len(train_set)} training images with {digits} in each of a batch do not fill one of {args.batch_size}: lower --batch-size")
     start = time.perf_counter()
-    pre, flow, image_model = (part.to(device) for part in train_mnist.build(args, splits[0]))
+    pre, flow, image_model = (part.to(device) for part in train_mnist.build(args, beside(train_set, digits)))
     seconds = time.perf_counter() - start if normalize == "whiten" else 0.0
-    train_set, val_set = (x.flatten(1).to(device) for x in splits[:2])
-    if every > len(train_set) // args.batch_size:
-        raise RunError(f"--every {every} is more than an epoch of {len(train_set) // args.batch_size} batches: lower it")
+    train_set = train_set.to(device)
     rival = {"ml": ExactLayer, "relative": RelativeLayer, "self-norm": SelfNormalizingLayer}.get(name)
     loss = Rival(flow, rival) if rival else lambda x: objective(args, flow, x)
     average = MovingAverage(image_model, args.ema_decay)
     optimizer = make_optimizer(args, trainable(loss if rival else flow))
 
     def minibatches(epoch):
-        return (x for _, x in zip(range(every), train_mnist.minibatches(args, pre, train_set)))
+        epochs = (train_mnist.minibatches(args, pre, beside(train_set, digits)) for _ in count())
+        return train_mnist.following(args, flow, islice(chain.from_iterable(epochs), every), momentum=1.0)
+
+    def validate(model):
+        train_mnist.refit(args, model, beside(train_set, digits))
+        return {"val_nll": train_mnist.evaluate(model, val_set) / digits}
 
     curve = []
-    with tqdm(total=args.epochs * every, unit=" batches", desc=f"{name}, {normalize}", dynamic_ncols=True) as bar:
+    with tqdm(total=args.epochs * every, unit=" batches", desc=f"{name}, {normalize}{f', {digits} digits' if digits > 1 else ''}", dynamic_ncols=True) as bar:
         try:
             for epoch in range(args.epochs + 1):
                 if epoch:
                     with fast_matmul():
                         seconds += timed(lambda: train_epoch(args, epoch, loss, average, optimizer, minibatches, every, bar), device)
-                row = checked(args, epoch, lambda model: {"val_nll": train_mnist.evaluate(model, val_set)}, average.model)
+                row = checked(args, epoch, validate, average.model)
                 curve.append((epoch * every, seconds, row["val_nll"]))
                 bar.set_postfix(val_nll=f"{row['val_nll']:.1f}")
+                if row["val_nll"] <= until or seconds > longest:
+                    break
             broke = None
         except RunError as error:
             broke = str(error).split(": lower")[0]

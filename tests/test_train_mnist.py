@@ -224,6 +224,23 @@ def test_actnorms_held_at_their_moments_go_there_as_batches_pass_and_trained_one
     assert (noisy() < 0.3 * before and noisy() < clean()) if actnorm == "moments" else noisy() == pytest.approx(before, rel=0.3)
 
 
+@pytest.mark.parametrize("arch", ["fc", "cnn"])
+def test_a_last_actnorm_keeps_the_flow_s_output_at_mean_0_and_variance_1(data, tmp_path, arch):
+    """In the checkpoint, of averaged weights. Without it the output drifts."""
+    images, worst = mnist(data)[0], {}
+    for actnorm in ("moments", "none"):
+        main(arguments(data, tmp_path / actnorm, "--arch", arch, "--loss", "dsm", "--lr", "1e-2", "--epochs", "5", "--actnorm", actnorm))
+        _, pre, flow, _ = load(tmp_path / actnorm, images)
+        assert isinstance(flow.layers[-1], ActNorm) == (actnorm == "moments")
+        u = flow(pre(dequantize(images[:1000].view(-1, *flow.shape))))
+        worst[actnorm] = off([u.transpose(0, 1).flatten(1)])
+    assert worst["moments"] < 0.15 < worst["none"]
+
+
+def test_a_glow_without_actnorms_is_one_line(data, tmp_path, capsys):
+    assert "--actnorm is trained or moments" in fails(capsys, *arguments(data, tmp_path, "--arch", "glow", "--actnorm", "none"))
+
+
 def test_one_batch_in_ten_moves_the_actnorms(data, monkeypatch):
     momenta = []
     monkeypatch.setattr(EBFlow, "initialize", lambda flow, x, momentum: momenta.append(momentum))
