@@ -51,7 +51,7 @@ def main(argv=None):
         axes.axhline(PAPER[a.arch], color="k", lw=0.8, ls=":", label=f"ml in the paper, {PAPER[a.arch]} on the test split")
     low, high = min(row["val_nll"] for row in table.values()), max(row["val_nll"] for row in table.values())
     axes.set(xlabel="minutes of training", ylabel="validation NLL (nats)", xlim=(0, None), title=TITLES[a.arch],
-             ylim=(low - 0.1 * (high - low), high + 0.5 * (high - low)))
+             ylim=(low - 0.1 * (high - low), high + (high - low)))
     axes.legend(fontsize="small", loc="upper right", ncols=2)
     axes.grid(alpha=0.3)
     a.results.mkdir(exist_ok=True)

@@ -3,11 +3,11 @@
     python -m experiments.race
 
 An image of n MNIST digits beside each other, drawn anew in every epoch, has D = 784 n and is, in nats per digit, no easier to
-model than one: so the level to reach is the same for all D. All start from the same flow, the two matrices of `train_mnist.py` on
-centred pixels with a last actnorm at the moments of what passes (`--actnorm moments`: W₂ could take it in). Each trains
-with the settings of METHODS until its validation NLL is at the level; the fastest counts, and what is slower than the fastest of its
-method is cut off. The clock stands still while a model is evaluated. Writes results/race-DEVICE.json after every run, and
-goes on from it; then results/race-DEVICE.png, and prints the rows of the README.
+model than one: so the level to reach is the same for all D. All start from two matrices I on centred pixels with a last actnorm at the
+moments of what passes (`--actnorm moments`: W₂ could take it in). Each trains with the settings of METHODS until its validation
+NLL is at the level; the fastest counts, and what is slower than the fastest of its method is cut off. The clock stands still while a
+model is evaluated. Writes results/race-DEVICE.json after every run, and goes on from it; then results/race-DEVICE.png, and
+prints the rows of the README.
 """
 
 import argparse

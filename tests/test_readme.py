@@ -11,7 +11,7 @@ import pytest
 import train_ebm
 import train_mnist
 import train_toy
-from experiments import ablation, balanced, rivals, runtime, toys
+from experiments import ablation, balanced, race, rivals, runtime, toys
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -105,6 +105,11 @@ def test_the_table_of_the_rivals_holds_the_recorded_numbers():
         assert row in README
 
 
+def test_the_table_of_the_race_holds_the_recorded_numbers():
+    for row in race.rows(result("race-cpu.json")["runs"]):
+        assert row in README
+
+
 def test_the_table_of_the_ablation_holds_the_recorded_numbers():
     for row in ablation.rows(result("ablation.json")["runs"]):
         assert row in README
@@ -140,3 +145,12 @@ def test_the_table_of_runtimes_holds_the_recorded_numbers():
         assert row in README
     for loss, exponent in (("ml", "2.94"), ("dsm", "2.00")):
         assert f"{runtime.slope([row for row in sizes if (row['arch'], row['loss']) == ('fc', loss)], 'operations'):.2f}" == exponent
+
+
+def test_what_is_said_of_the_runtime_on_a_gpu_is_recorded():
+    rows = [row for size in result("runtime-cuda.json")["runs"].values() for row in size]
+    ms = {loss: {row["D"]: row["ms"] for row in rows if row["loss"] == loss} for loss in ("ml", "dsm")}
+    low, high = min(ms["ml"]), max(ms["ml"])
+    assert f"`ml` grows from {ms['ml'][low]:.1f} to {ms['ml'][high]:.0f} ms" in README
+    assert f"{ms['ml'][low] / ms['dsm'][low]:.1f} to {ms['ml'][high] / ms['dsm'][high]:.1f} times `dsm`'s" in README
+    assert (low, high) == (256, 4096)
