@@ -37,7 +37,7 @@ MATRICES = COMMON | dict(
     diagonal=1.0,        # initial weights: diagonal · I
     bias=0.0,            # initial biases
     bend=1.5,            # where the activation bends (see SmoothLeakyReLU)
-    actnorm="none",      # or a last layer more, which W₂ could take in: an actnorm, "trained" or at its "moments" (see `following`)
+    actnorm="none",      # or a last layer more, which the one before could take in: an actnorm, "trained" or at its "moments"
 )
 LOSSES = ["ml", "sml", "ssm", "dsm", "fdssm"]
 SLICED = dict(noise=0.0)  # added to what ssm and fdssm see, as σ of dsm is: they then learn the smoothed density, too
@@ -63,7 +63,7 @@ GLOW = COMMON | dict(
     epochs=5, lr=1e-3, normalize="scale", clip=500.0,
     width=32,            # channels of the couplings' networks; 512 as published, for a GPU
     depth=4,             # steps of a block; 16 as published
-    actnorm="trained",   # as the other layers are, or held at "moments", mean 0 and variance 1 of what passes (see `following`)
+    actnorm="trained",   # as the other layers are, or held at the "moments" of what passes (see `following`)
 )
 GLOW_MATCHED = GLOW | dict(lr=3e-4, normalize="center", actnorm="moments", clip=0.0)
 DEFAULTS["glow"] = {
@@ -130,15 +130,15 @@ def build(args, images):
             flow = cnn_flow(shape, diagonal=args.diagonal, bias=args.bias, bend=args.bend)
         else:
             flow = glow_flow(shape, args.width, args.depth)
-        if args.actnorm != "none":
-            if args.arch != "glow":
-                flow = EBFlow([*flow.layers, ActNorm(flow.shapes[-1][0])], shape)
-            flow.initialize(pre(dequantize(images[:1000].view(-1, *shape))))
-            for layer in flow.modules():
-                if isinstance(layer, ActNorm):
-                    layer.requires_grad_(not moments_are_held(args))
     except ValueError as error:  # an image that does not squeeze
         raise RunError(f"--arch {args.arch} cannot take images of {images.shape[-2]}×{images.shape[-1]}: {error}") from None
+    if args.actnorm != "none":
+        if args.arch != "glow":
+            flow = EBFlow([*flow.layers, ActNorm(flow.shapes[-1][0])], shape)
+        hold(flow, pre(dequantize(images[:1000].view(-1, *shape))))
+        for layer in flow.modules():
+            if isinstance(layer, ActNorm):
+                layer.requires_grad_(not moments_are_held(args))
     return pre, flow, EBFlow([*pre.layers, *flow.layers], shape)
 
 
@@ -189,7 +189,7 @@ def hold(model, x, momentum=1.0):
     try:
         model.initialize(x, momentum)
     except ValueError as error:  # of a batch with a constant channel
-        raise RunError(f"{error}, or take --actnorm trained") from None
+        raise RunError(f"{error}, or take another --actnorm") from None
 
 
 def refit(args, model, images):

@@ -33,7 +33,7 @@ def train(args, splits, device):
     """One training.   -> {"EMA": …, "no EMA": …, "norms": of the gradients of the first steps, "broke": why, or None}"""
     torch.manual_seed(args.seed)
     pre, flow, image_model = (part.to(device) for part in train_mnist.build(args, splits[0]))
-    train_set, _, test_set = (x.flatten(1).to(device) for x in splits)
+    train_set, _, test_set = (x.view(len(x), *flow.shape).to(device) for x in splits)
     average = MovingAverage(image_model, args.ema_decay)
     optimizer = make_optimizer(args, trainable(image_model))
     steps = len(train_set) // args.batch_size

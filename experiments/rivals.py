@@ -21,7 +21,7 @@ import json
 import math
 import statistics
 import time
-from itertools import chain, count, islice
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -137,25 +137,32 @@ class Rival(nn.Module):
 
 
 def beside(images, n):
-    """Images of n of the images beside each other, drawn anew: n times the D.   uint8 (N, …) -> (N // n, n · D)"""
-    if n == 1:
-        return images.flatten(1)
-    return images.flatten(1)[torch.randperm(len(images), device=images.device)[:len(images) // n * n]].view(len(images) // n, -1)
+    """Images of n of the images beside each other: n times the D.   uint8 (N, …) -> (N // n, n · D)"""
+    return images[:len(images) // n * n].reshape(len(images) // n, n * images[0].numel())
 
 
-def train(name, normalize, flags, steps, every, splits, device, digits=1, until=-math.inf, longest=math.inf):
+def batches(images, n, size):
+    """Without end: batches of images of n, drawn at random, each of the images once in an epoch.   uint8 (N, …) -> (size, n · D)"""
+    while True:
+        order = torch.randperm(len(images), device=images.device)
+        for index in order[:len(images) // n // size * size * n].split(size * n):
+            yield beside(images[index], n)
+
+
+def train(name, normalize, flags, steps, every, splits, device, digits=1, until=-math.inf):
     """One run.   -> {"curve": [(step, seconds, validation NLL)], "broke": why, or None}
 
     The clock starts with what whitening takes, and stands still while the model is evaluated. It ends early where the
-    NLL is `until`, or the clock at `longest`. With `digits` an image is that many of them beside each other, and the NLL is that of one.
+    NLL is `until`. With `digits` an image is that many of them beside each other, and the NLL is that of one.
     """
     loss_name, own = METHODS[name]
     args = train_mnist.parse(["--loss", loss_name, "--normalize", normalize, "--epochs", str(-(-steps // every)),  # of `every` steps
                               *own[normalize], *flags])
     torch.manual_seed(args.seed)
     train_set, val_set = splits[0], beside(splits[1], digits).to(device)
-    if len(train_set) // digits < args.batch_size:
-        raise RunError(f"{len(train_set)} training images with {digits} in each of a batch do not fill one of {args.batch_size}: lower --batch-size")
+    if len(train_set) // digits < args.batch_size or len(val_set) == 0:
+        raise RunError(f"{len(train_set)} training images, {digits} beside each other, do not fill a batch of {args.batch_size}: "
+                       "lower --digits or --batch-size")
     start = time.perf_counter()
     pre, flow, image_model = (part.to(device) for part in train_mnist.build(args, beside(train_set, digits)))
     seconds = time.perf_counter() - start if normalize == "whiten" else 0.0
@@ -166,8 +173,8 @@ def train(name, normalize, flags, steps, every, splits, device, digits=1, until=
     optimizer = make_optimizer(args, trainable(loss if rival else flow))
 
     def minibatches(epoch):
-        epochs = (train_mnist.minibatches(args, pre, beside(train_set, digits)) for _ in count())
-        return train_mnist.following(args, flow, islice(chain.from_iterable(epochs), every), momentum=1.0)
+        images = islice(batches(train_set, digits, args.batch_size), every)
+        return train_mnist.following(args, flow, (train_mnist.minibatch(args, pre, x) for x in images), momentum=1.0)
 
     def validate(model):
         train_mnist.refit(args, model, beside(train_set, digits))
@@ -183,7 +190,7 @@ def train(name, normalize, flags, steps, every, splits, device, digits=1, until=
                 row = checked(args, epoch, validate, average.model)
                 curve.append((epoch * every, seconds, row["val_nll"]))
                 bar.set_postfix(val_nll=f"{row['val_nll']:.1f}")
-                if row["val_nll"] <= until or seconds > longest:
+                if row["val_nll"] <= until:
                     break
             broke = None
         except RunError as error:

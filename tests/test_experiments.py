@@ -2,6 +2,7 @@
 
 import json
 import math
+from itertools import islice
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from experiments import ablation, determinant, generation, gradient_variance, im
 from experiments.toys import interval
 from data import TOYS, mnist
 from layers import FullyConnected
-from run import read_metrics
+from run import RunError, read_metrics
 from test_data import small_data_set, write_idx
 
 
@@ -237,24 +238,27 @@ def test_a_rival_that_breaks_down_is_a_row(tmp_path):
     assert "epoch 1, step" in rivals.rows({"ml": run})[0] and "weight" in rivals.rows({"ml": {"curve": [], "broke": "a weight"}})[0]
 
 
-def test_digits_beside_each_other_are_a_likelihood_each(tmp_path):
-    """A pair of images in one flow that keeps them apart has twice their energy and log-determinant."""
+def test_digits_beside_each_other_are_as_likely_each_as_alone(tmp_path):
     splits = mnist(small_data_set(tmp_path))
-    images = splits[0]
-    pairs = rivals.beside(images, 2)
-    assert pairs.shape == (len(images) // 2, 2 * images[0].numel())
-    rows = pairs.view(-1, images[0].numel())  # each image at most once
-    assert len({tuple(row) for row in rows.tolist()} & {tuple(row) for row in images.flatten(1).tolist()}) == len(
-        {tuple(row) for row in rows.tolist()})
-    assert not torch.equal(pairs, rivals.beside(images, 2)) and torch.equal(rivals.beside(images, 1), images.flatten(1))
-    flags = ["--batch-size", "50", "--lr", "1e-12"]  # the start, where the weights are a multiple of I
+    flags = ["--batch-size", "50", "--lr", "1e-12"]  # the start, where the weights are I
     one, two = (rivals.train("ml", "center", flags, 2, 2, splits, torch.device("cpu"), digits=n)["curve"] for n in (1, 2))
     assert one[0][2] == pytest.approx(two[0][2], rel=5e-3)
+    with pytest.raises(RunError, match="lower --digits"):
+        rivals.train("ml", "center", flags, 2, 2, splits, torch.device("cpu"), digits=1000)
 
 
-def test_the_race_stops_at_the_level_and_cuts_off_what_is_slower(tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("n", [1, 3])
+def test_an_epoch_of_the_race_has_every_image_once(n):
+    images = torch.arange(10 * 4 * n).to(torch.uint8).view(-1, 1, 2, 2)
+    for epoch in range(2):
+        seen = torch.cat(list(islice(rivals.batches(images, n, 5), 2)))
+        assert seen.shape == (10, 4 * n) and seen.flatten().sort().values.equal(images.flatten())
+    assert not torch.equal(seen, rivals.beside(images, n))
+
+
+def test_the_race_stops_at_the_level(tmp_path, capsys, monkeypatch):
     data = small_data_set(tmp_path)
-    monkeypatch.setattr(race, "METHODS", {name: [(1e-2, 40, "--batch-size 50"), (1e-12, 40, "--batch-size 50 --bend 1")] for name in race.METHODS})
+    monkeypatch.setattr(race, "METHODS", {name: (1e-2, 40, ["--batch-size", "50"]) for name in race.METHODS})
     flags = ["--batch-size", "50", "--actnorm", "moments"]
     start = rivals.train("ml", "center", flags, 1, 1, mnist(data), torch.device("cpu"))["curve"][0][2]
     monkeypatch.setattr(race, "LEVEL", start - 1)
@@ -263,18 +267,21 @@ def test_the_race_stops_at_the_level_and_cuts_off_what_is_slower(tmp_path, capsy
     path = tmp_path / "race-cpu.json"
     first = path.read_text()
     runs = json.loads(first)["runs"]
-    assert len(runs) == 16 and race.sizes(runs) == [1, 2]
+    assert len(runs) == 8 and race.sizes(runs) == [1, 2]
     for n in (1, 2):
-        steps, seconds, run = race.fastest(runs, "ml", n)
-        assert 0 < steps <= run["curve"][-1][0] and run["curve"][-1][2] <= start - 1 < run["curve"][-2][2]
-        assert seconds == steps * rivals.step_time(run["curve"])
-        slow = runs[f"ml --batch-size 50 --bend 1, {n} digits"]["curve"]
-        assert slow[-1][1] > seconds and slow[-1][0] < 40 * n and race.arrival({"curve": slow}) is None
+        steps, seconds = race.arrivals(runs, n)["ml"]
+        curve = runs[f"ml, {n} digits"]["curve"]
+        assert 0 < steps <= curve[-1][0] and curve[-1][2] <= start - 1 < curve[-2][2]
+        assert seconds == steps * rivals.step_time(curve)
     race.main(shared)
     assert path.read_text() == first and race.rows(runs)[1] in capsys.readouterr().out
     assert (tmp_path / "race-cpu.png").stat().st_size > 1000
     nowhere = {name: run | {"curve": run["curve"][:1]} for name, run in runs.items()}
     assert race.rows(nowhere)[0] == "| 784 | – | – | – | – | – |" and race.picture(nowhere)
+    monkeypatch.setattr(race, "LEVEL", start)
+    with pytest.raises(SystemExit) as exit:
+        race.main(shared)
+    assert "level is" in exit.value.code
 
 
 def test_a_rival_has_the_loss_of_maximum_likelihood_with_an_actnorm_that_is_held(tmp_path):

@@ -225,16 +225,31 @@ def test_actnorms_held_at_their_moments_go_there_as_batches_pass_and_trained_one
 
 
 @pytest.mark.parametrize("arch", ["fc", "cnn"])
-def test_a_last_actnorm_keeps_the_flow_s_output_at_mean_0_and_variance_1(data, tmp_path, arch):
-    """In the checkpoint, of averaged weights. Without it the output drifts."""
-    images, worst = mnist(data)[0], {}
-    for actnorm in ("moments", "none"):
-        main(arguments(data, tmp_path / actnorm, "--arch", arch, "--loss", "dsm", "--lr", "1e-2", "--epochs", "5", "--actnorm", actnorm))
-        _, pre, flow, _ = load(tmp_path / actnorm, images)
-        assert isinstance(flow.layers[-1], ActNorm) == (actnorm == "moments")
-        u = flow(pre(dequantize(images[:1000].view(-1, *flow.shape))))
-        worst[actnorm] = off([u.transpose(0, 1).flatten(1)])
-    assert worst["moments"] < 0.15 < worst["none"]
+def test_a_last_actnorm_follows_the_flow_s_output_and_is_the_only_one(data, arch):
+    images = mnist(data)[0]
+    args = parse(["--arch", arch, "--loss", "dsm", "--actnorm", "moments", "--batch-size", "100"])
+    pre, flow, image_model = build(args, images)
+    assert [type(layer) for layer in image_model.layers].count(ActNorm) == 1 and type(flow.layers[-1]) is ActNorm
+    assert not any(p.requires_grad for p in flow.layers[-1].parameters()) and flow.layers[-2].weight.requires_grad
+    x = pre(dequantize(images.view(-1, *flow.shape)))
+    apart = lambda: off([flow(x + args.sigma * torch.randn_like(x)).transpose(0, 1).flatten(1).detach()])
+    start = off([flow(x).transpose(0, 1).flatten(1).detach()])
+    with torch.no_grad():
+        flow.layers[-2].weight.mul_(6)
+    far = apart()
+    list(following(args, flow, (x for _ in range(600))))
+    assert start < 0.15 and apart() < 0.3 < 1 < far
+    assert not any(isinstance(layer, ActNorm) for layer in build(parse(["--arch", arch, "--loss", "ml"]), images)[1].layers)
+
+
+def test_fast_products_are_for_training_only():
+    """TF32 on a GPU and bfloat16 on a CPU inside, and what was there before outside, after an error, too."""
+    matmuls = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+    before = [matmul.fp32_precision for matmul in matmuls]
+    with pytest.raises(KeyError), training.fast_matmul():
+        assert [matmul.fp32_precision for matmul in matmuls] == ["tf32", "bf16"] != before
+        raise KeyError
+    assert [matmul.fp32_precision for matmul in matmuls] == before
 
 
 def test_a_glow_without_actnorms_is_one_line(data, tmp_path, capsys):
