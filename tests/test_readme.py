@@ -147,6 +147,17 @@ def test_the_table_of_runtimes_holds_the_recorded_numbers():
         assert f"{runtime.slope([row for row in sizes if (row['arch'], row['loss']) == ('fc', loss)], 'operations'):.2f}" == exponent
 
 
+def test_what_is_said_of_the_runs_on_a_gpu_is_recorded():
+    gpu = result("gpu.json")
+    for run in gpu["mnist"]:
+        assert f"{run['test_nll']:.1f}" in README
+    dsm = gpu["mnist"][0]
+    assert f"{dsm['seconds']:.0f} seconds with evaluation, at {dsm['batches_per_second']:.0f} batches/s, and ends at {dsm['test_nll']:.1f}" in README
+    assert ", ".join(f"{loss} {rate:.1f}" for loss, rate in gpu["speed"]["batches_per_second"].items()) in README
+    shares = [100 / gpu["speed"]["step_over_floor"][loss] for loss in ("ssm", "dsm", "fdssm")]
+    assert f"{min(shares):.0f} to {max(shares):.0f} %" in README
+
+
 def test_what_is_said_of_the_runtime_on_a_gpu_is_recorded():
     rows = [row for size in result("runtime-cuda.json")["runs"].values() for row in size]
     ms = {loss: {row["D"]: row["ms"] for row in rows if row["loss"] == loss} for loss in ("ml", "dsm")}
