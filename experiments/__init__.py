@@ -19,7 +19,7 @@ def recorded(path, **identity):
 
     Raises RunError where the file is damaged, or of another identity or machine.
     """
-    new = identity | {"machine": machine(), "runs": {}}
+    new = json.loads(json.dumps(identity)) | {"machine": machine(), "runs": {}}  # as the file has it: lists for tuples
     try:
         result = json.loads(path.read_text()) if path.exists() else new
         different = [f"{key} is {result[key]!r} there and {new[key]!r} here" for key in new if key != "runs" and result[key] != new[key]]

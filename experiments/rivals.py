@@ -17,7 +17,6 @@ results/rivals.json after every run, and goes on from it; results/rivals.png; an
 """
 
 import argparse
-import json
 import math
 import statistics
 import time
@@ -266,7 +265,7 @@ def main(argv=None):
         device, splits = pick_device(a.device), mnist(a.data)
         a.results.mkdir(exist_ok=True)
         path = a.results / "rivals.json"
-        result = recorded(path, command="python -m experiments.rivals", methods=json.loads(json.dumps(METHODS)), images=list(splits[0].shape),
+        result = recorded(path, command="python -m experiments.rivals", methods=METHODS, images=list(splits[0].shape),
                           device=str(device), steps=a.steps, every=a.every, batch_size=a.batch_size, seed=a.seed)
         flags = ["--seed", str(a.seed), *(["--batch-size", str(a.batch_size)] if a.batch_size else [])]
         for start in STARTS:

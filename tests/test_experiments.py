@@ -88,9 +88,10 @@ def test_a_run_that_is_not_there_is_one_line(tmp_path, main):
     assert "cannot read" in exit.value.code and "checkpoint.pt" in exit.value.code and "\n" not in exit.value.code
 
 
-def test_the_ablation_measures_what_train_mnist_does_and_goes_on_from_what_it_has(tmp_path, capsys):
+@pytest.mark.parametrize("actnorm", ["none", "moments"])
+def test_the_ablation_measures_what_train_mnist_does_and_goes_on_from_what_it_has(tmp_path, capsys, actnorm):
     data = small_data_set(tmp_path)
-    shared = ["--data", str(data), "--device", "cpu", "--epochs", "2", "--batch-size", "50"]
+    shared = ["--data", str(data), "--device", "cpu", "--epochs", "2", "--batch-size", "50", "--actnorm", actnorm]
     ablated = [*shared, "--results", str(tmp_path), "--seeds", "1"]
     ablation.main(ablated)
     first = (tmp_path / "ablation.json").read_text()
