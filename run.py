@@ -168,11 +168,15 @@ def image(axes, function, x, n=128, **style):
 
 @contextlib.contextmanager
 def one_line_errors(*kinds):
-    """Turns RunError and `kinds` into one line on stderr and exit status 1; Ctrl-C into exit status 130."""
+    """Turns RunError, `kinds` and lack of memory into one line on stderr and exit status 1; Ctrl-C into exit status 130."""
     try:
         yield
     except (RunError, *kinds) as error:
         sys.exit("error: " + " ".join(str(error).split()))
+    except (RuntimeError, MemoryError) as error:
+        if not (isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)):  # a CPU's
+            raise
+        sys.exit("error: not enough memory for these sizes: take smaller batches, or a smaller model; what was written is kept")
     except KeyboardInterrupt:
         print("\nstopped: what was written is kept; a training run goes on from it with --resume", file=sys.stderr)
         sys.exit(130)

@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 import train_ebm
 from data import mixture
 from experiments import machine, record
-from run import image, read_checkpoint, read_metrics
+from run import image, read_checkpoint, read_metrics, save_picture
 from training import configuration
 
 SAMPLERS = list(train_ebm.DEFAULTS)
@@ -145,10 +145,9 @@ def main(argv=None):
                 if dim == 2 and not stopped:
                     models[sampler] = trained(args)
         if len(models) == len(SAMPLERS) and seed == min(a.seeds):
-            densities(models, {sampler: table[2, sampler, seed] for sampler in models}).savefig(
-                a.results / "ebm-density.png", dpi=120)
+            save_picture(a.results / "ebm-density.png", densities(models, {s: table[2, s, seed] for s in models}))
     table = [table[cell] for cell in sorted(table)]
-    curves(table).savefig(a.results / "ebm-weights.png", dpi=120)
+    save_picture(a.results / "ebm-weights.png", curves(table))
     record(path, {"command": "python -m experiments.balanced", "flags": flags, "machine": machine(), "runs": table})
     print("\n".join(rows(table)))
 

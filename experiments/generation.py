@@ -15,7 +15,7 @@ import torch
 from matplotlib.figure import Figure
 
 from data import MNIST, mnist
-from run import one_line_errors
+from run import one_line_errors, save_picture
 from sampling import SamplingError, mala, tune
 from train_mnist import load
 
@@ -46,7 +46,7 @@ def experiment(a):
             axes.axis("off")
         axes_column[0].set_title(title, fontsize="x-small")
     a.results.mkdir(exist_ok=True)
-    figure.savefig(a.results / f"generation-{args.arch}-{args.loss}.png", dpi=80)
+    save_picture(a.results / f"generation-{args.arch}-{args.loss}.png", figure)
 
 
 def main(argv=None):

@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from data import MNIST, dequantize, mnist
 from ebflow import EBFlow
 from experiments import record
-from run import one_line_errors
+from run import one_line_errors, save_picture
 from sampling import SamplingError, impute, tune
 from train_mnist import load
 
@@ -91,7 +91,7 @@ def experiment(a):
         axes.set(xticks=[], yticks=[])
         axes.set_ylabel(name, rotation=0, ha="right", va="center", fontsize="small")
     a.results.mkdir(exist_ok=True)
-    figure.savefig(a.results / f"imputation-{args.arch}-{args.loss}.png", dpi=110)
+    save_picture(a.results / f"imputation-{args.arch}-{args.loss}.png", figure)
     result = {"loss": args.loss, "arch": args.arch, "rmse": table, "digits": a.digits, "draws": a.draws, "steps": a.steps,
               "seed": a.seed, "command": f"python -m experiments.imputation --run {a.run}"}
     record(a.results / f"imputation-{args.arch}-{args.loss}.json", result)
