@@ -319,6 +319,31 @@ def test_dsm_has_the_gradient_of_explicit_score_matching_to_the_smoothed_data(ar
     assert distance(flat(gradients(denoising, flow)), flat(gradients(explicit, flow))) < 1e-5
 
 
+@pytest.mark.parametrize("architecture", PLANES)
+def test_dsm_with_pooled_targets_has_the_same_expected_gradient(architecture):
+    """Two points so close that x̃ could have come from either. The loss is a sum over points, each with its own
+    noise, so that one noise for both has the same expectation."""
+    flow = perturbed(PLANES[architecture]())
+    data, sigma = 0.3 * torch.randn(2, *flow.shape), 0.5
+    noise, weights = gauss_hermite(40, flow.shape)
+    own, pooled = (
+        flat(gradients(expectation(lambda n: losses.dsm(flow.energy, data, sigma, n.expand_as(data), p), noise, weights), flow))
+        for p in (False, True))
+    assert distance(pooled, own) < 1e-5
+
+
+@pytest.mark.parametrize("shape", [(2,), (1, 3, 3)])
+def test_a_pooled_target_is_the_score_of_the_smoothed_batch(shape):
+    """So the energy of that density has no loss left at all, where a point's own target leaves its variance."""
+    data, sigma = 0.3 * torch.randn(20, *shape), 0.5
+
+    def energy(y):
+        return -torch.logsumexp(-0.5 * ((y[:, None] - data) / sigma).square().flatten(2).sum(2), dim=1)
+
+    assert losses.dsm(energy, data, sigma, pooled=True) < 1e-20
+    assert losses.dsm(energy, data, sigma) > 0.1
+
+
 def test_sml_has_the_gradient_of_ml_exactly_for_a_linear_flow():
     """∇_θ E is a quadratic form in u for a linear flow: the 2D points ±√D e_i have its expectation."""
     flow = perturbed(EBFlow([FullyConnected(4), FullyConnected(4)], (4,)))

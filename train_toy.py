@@ -40,7 +40,7 @@ DEFAULTS = {
     "ml": COMMON,
     "sml": COMMON | dict(model_samples=512),
     "ssm": SCORE_MATCHING,
-    "dsm": SCORE_MATCHING,
+    "dsm": SCORE_MATCHING | dict(targets="pooled"),  # or each point its "own" (see `losses.dsm`)
     "fdssm": SCORE_MATCHING | dict(xi=0.2),
 }
 BY_TOY = {"sine": dict(start_smoothing=2.0, anneal=0.5)}  # it does not wind, and can follow a faster fall

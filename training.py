@@ -36,7 +36,7 @@ def objective(args, model, x):
     if args.loss == "ssm":
         return losses.ssm(model.energy, x[mine], losses.rademacher(x)[mine])
     if args.loss == "dsm":
-        return losses.dsm(model.energy, x[mine], args.sigma, torch.randn_like(x)[mine])
+        return losses.dsm(model.energy, x[mine], args.sigma, torch.randn_like(x)[mine], getattr(args, "targets", "own") == "pooled")
     return losses.fdssm(model.energy, x[mine], args.xi, losses.on_sphere(x, args.xi)[mine])
 
 
@@ -220,7 +220,7 @@ def remedy(args):
 
 
 CHOICES = {"optimizer": ["adam", "rmsprop"], "schedule": ["cosine", "steps"], "normalize": ["none", "black", "center", "scale", "whiten"],
-           "actnorm": ["none", "trained", "moments"]}
+           "actnorm": ["none", "trained", "moments"], "targets": ["own", "pooled"]}
 
 
 def pick_device(name, joint=False):

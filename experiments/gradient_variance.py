@@ -3,10 +3,10 @@
     python -m experiments.gradient_variance --run runs/toys-0/swirl-dsm
     python -m experiments.gradient_variance --run runs/mnist-cnn-ssm --batch-size 100 --batches 100 --xi 0.5
 
-dsm, sm, ssm and fdssm differ by a constant in their expectation over points (fdssm by O(ξ²) more), and so have one gradient,
-but not one variance. At the weights that a run of `train_toy.py` or `train_mnist.py` has kept, each is estimated from many
-batches (sm for the toys alone): the squared norm of the mean gradient, and the sum of the variances of its elements, both from
---batches batches. Writes results/gradient-variance.json, and of images gradient-variance-ARCH.json.
+dsm, with targets pooled or not, sm, ssm and fdssm differ by a constant in their expectation over points (fdssm by O(ξ²)
+more), and so have one gradient, but not one variance. At the weights that a run of `train_toy.py` or `train_mnist.py` has
+kept, each is estimated from many batches (sm and pooled dsm for the toys alone): the squared norm of the mean gradient, and
+the sum of the variances of its elements, both from --batches batches. Writes results/gradient-variance.json, and of images gradient-variance-ARCH.json.
 """
 
 import argparse
@@ -29,7 +29,9 @@ OBJECTIVES = {  # of an energy, bare points x, σ of the noise on them, ξ
     "sm": lambda energy, x, sigma, xi: losses.sm(energy, x + sigma * torch.randn_like(x)),
     "ssm": lambda energy, x, sigma, xi: losses.ssm(energy, x + sigma * torch.randn_like(x)),
     "fdssm": lambda energy, x, sigma, xi: losses.fdssm(energy, x + sigma * torch.randn_like(x), xi),
+    "dsm, pooled": lambda energy, x, sigma, xi: losses.dsm(energy, x, sigma, pooled=True),
 }
+IN_THE_PLANE = ("sm", "dsm, pooled")  # D backward passes, and neighbours
 
 
 def moments(loss, parameters, batches):
@@ -75,8 +77,8 @@ def main(argv=None):
         rows = {}
         torch.manual_seed(0)
         for name, loss in tqdm(OBJECTIVES.items(), dynamic_ncols=True):
-            if name == "sm" and arch:
-                continue  # D backward passes
+            if name in IN_THE_PLANE and arch:
+                continue
             mean, variance = moments(lambda: loss(flow.energy, draw(a.batch_size), sigma, a.xi), trainable(flow), a.batches)
             rows[name] = {"mean": mean, "variance": variance}
         a.results.mkdir(exist_ok=True)
@@ -85,7 +87,7 @@ def main(argv=None):
                   "batches": a.batches, "xi": a.xi, "rows": rows}
         record(a.results / f"gradient-variance{'-' + arch if arch else ''}.json", result)
         for name, row in rows.items():
-            print(f"{name:6} mean² {row['mean']:10.4g}   variance {row['variance']:10.4g}   of dsm's {row['variance'] / rows['dsm']['variance']:.1f}")
+            print(f"{name:12} mean² {row['mean']:10.4g}   variance {row['variance']:10.4g}   of dsm's {row['variance'] / rows['dsm']['variance']:.1f}")
 
 
 if __name__ == "__main__":

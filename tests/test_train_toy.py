@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from conftest import failing
+import losses
 import run
 import training
 from data import TOYS, Toy
@@ -99,6 +100,17 @@ def test_the_points_end_with_the_noise_of_the_toy_and_dsm_adds_it_itself(tmp_pat
         assert x.std().item() == pytest.approx(0 if loss == "dsm" else sigma, rel=0.05)
 
 
+def test_dsm_pools_its_targets_unless_each_point_is_to_keep_its_own():
+    flow, x = toy_flow(blocks=2, width=8), torch.randn(64, 2)
+    for flags, pooled in (([], True), (["--targets", "own"], False)):
+        [args], _ = parse(["--loss", "dsm", *flags])
+        args.sigma = 1.0
+        torch.manual_seed(0)
+        loss = training.objective(args, flow, x)
+        torch.manual_seed(0)
+        assert loss == losses.dsm(flow.energy, x, 1.0, torch.randn_like(x), pooled)
+
+
 def without_points(init):
     """Toys whose points are all at the origin, so that what is left of a batch is its noise."""
     def patched(self, points, *args, **kwargs):
@@ -114,8 +126,10 @@ def test_errors_are_one_line(tmp_path, capsys):
     assert "data is swirl there and sine here" in fails(capsys, *arguments(tmp_path / "run", "--data", "sine", "--resume"))
     assert "invalid choice: 'spiral'" in fails(capsys, "--data", "spiral")
     assert "--xi is not a setting of ml" in fails(capsys, "--loss", "ml", "--xi", "0.1")
+    assert "--targets is not a setting of ssm" in fails(capsys, "--loss", "ssm", "--targets", "own")
     assert "0.375 at least" in fails(capsys, "--start-smoothing", "0.1")
     assert "nothing to resume" in fails(capsys, *arguments(tmp_path / "none", "--resume"))
+    assert "not enough memory" in fails(capsys, *arguments(tmp_path / "large", "--width", "10000000"))
     line = fails(capsys, *arguments(tmp_path / "diverged", "--lr", "1e30", "--warmup", "0"))
     assert "epoch 1, step" in line and "lower --lr" in line
     assert "raise --start-smoothing" in line and "--sigma" not in line  # its own flags only
