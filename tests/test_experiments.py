@@ -305,7 +305,7 @@ def test_all_four_score_matching_objectives_have_one_mean_gradient_and_the_exper
     shared = ["--run", str(tmp_path / "run"), "--results", str(tmp_path)]
     gradient_variance.main([*shared, "--batches", "100", "--xi", "0.05"])
     rows = json.loads((tmp_path / "gradient-variance.json").read_text())["rows"]
-    assert rows["ssm"]["variance"] > rows["sm"]["variance"] and rows["dsm, pooled"]["variance"] < rows["dsm"]["variance"]
+    assert rows["ssm"]["variance"] > rows["sm"]["variance"] and rows["dsm, pooled"]["variance"] < 0.5 * rows["dsm"]["variance"]
     flow, toy = toy_flow(blocks=2, width=8), TOYS["sine"]()
     means, errors = zip(*(gradient_samples(flow, toy, loss) for loss in gradient_variance.OBJECTIVES.values()))
     for mean, error in zip(means, errors):  # in every element
