@@ -233,7 +233,7 @@ def train(args, device):
     best = fit(args, run, image_model, MovingAverage(image_model, args.ema_decay),
                make_optimizer(args, trainable(image_model)),
                seen=seen, minibatches=lambda epoch: following(args, seen, minibatches(args, pre, train_set)), steps=steps,
-               context=fast_matmul, evaluate=validate)
+               context=lambda: fast_matmul(args.loss), evaluate=validate)
 
     image_model.load_state_dict(best["model"])
     test = likelihood("test", evaluate(image_model, test_set), flow.shape)

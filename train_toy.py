@@ -56,10 +56,12 @@ def train(args):
     run = Run(args.out, configuration(args), args.resume, args.overwrite)
     val, test = (truth(toy, n, seed, device) for n, seed in ((args.test_points // 4, -1), (args.test_points, -2)))
 
+    args.sigma = torch.empty((), dtype=torch.float64, device=device)
+
     def minibatches(epoch):
         for step in range(args.steps):
             std = smoothing(args, (epoch - 1 + step / args.steps) / args.epochs)
-            args.sigma = std  # dsm sees the bare points and adds the noise itself: its minimiser is p, too
+            args.sigma.fill_(std)  # dsm sees the bare points and adds the noise itself: its minimiser is p, too
             yield toy.sample(args.batch_size, device, 0.0 if args.loss == "dsm" else std)
 
     best = fit(args, run, flow, MovingAverage(flow, args.ema_decay), make_optimizer(args, trainable(flow)), seen=flow,

@@ -57,17 +57,86 @@ def train_step(args, model, x, optimizer):
 
 def update(args, loss, optimizer):
     """One step of the optimizer down the loss.   -> the loss and the norm of its gradient, () each"""
-    parameters = optimizer.param_groups[0]["params"]
+    return descend(args, backward(loss, optimizer), optimizer)
+
+
+def backward(loss, optimizer):
+    """Leaves the gradient of the loss in the optimizer's parameters.   -> the loss, ()"""
     optimizer.zero_grad()
     # `inputs`: the noisy image is a leaf as well, and would be given a gradient that nobody reads. `backward`, not
     # `autograd.grad`: it lays the gradients out as the weights are, and fused Adam on a CPU takes that for granted.
-    loss.backward(inputs=parameters)
-    loss = processes.average(loss.detach(), parameters)
+    loss.backward(inputs=optimizer.param_groups[0]["params"])
+    return loss.detach()
+
+
+def descend(args, loss, optimizer):
+    """One step of the optimizer down the gradient that the parameters hold.   -> loss and norm, as `update`"""
+    parameters = optimizer.param_groups[0]["params"]
+    loss = processes.average(loss, parameters)
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     if args.clip:
         torch.nn.utils.clip_grads_with_norm_(parameters, args.clip, norm)
     optimizer.step()
     return loss, norm
+
+
+class Graphed:
+    """A function (B, …) -> () whose kernels a GPU records at the first call, as one CUDA graph, and replays from then on.
+
+    A step on a small batch is hundreds of short kernels, and python takes longer to start one than the GPU to run it. What is
+    recorded must not wait for the GPU, nor depend on numbers of python that change: a σ that falls is a tensor, and filled.
+    Random numbers are drawn anew in every replay. Where x is not on a GPU, it is the function itself.
+    """
+
+    def __init__(self, function):
+        self.function, self.graph = function, None
+
+    def __call__(self, x):
+        if not x.is_cuda:
+            return self.function(x)
+        if self.graph is None:
+            self._record(x)
+        self.x.copy_(x)
+        self.graph.replay()
+        return self.value  # the next call writes over it
+
+    def _record(self, x):
+        self.x = x.clone()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.random.fork_rng([x.device]):  # a run that is resumed records at another step, and draws the same numbers
+            with torch.cuda.stream(stream):
+                for _ in range(3):  # what libraries set up at their first calls is not to be recorded
+                    self.function(self.x)
+            torch.cuda.current_stream().wait_stream(stream)
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.value = self.function(self.x)
+
+
+def gradient_of(args, model, optimizer, graphed=None):
+    """(B, …) -> (): the objective of a batch, whose gradient is left in the parameters.
+
+    On a GPU it is `Graphed`, as far as no matrix is factorised, which waits for the GPU: score matching as a whole, of `ml`
+    the energy, to whose gradient that of log Z is added, and `sml` not at all.
+    """
+    parameters = optimizer.param_groups[0]["params"]
+    if graphed is None:
+        graphed = parameters[0].is_cuda
+
+    def whole(x):
+        return backward(objective(args, model, x), optimizer)
+
+    energy = Graphed(lambda x: backward(model.energy(x[processes.share(len(x))]).mean(), optimizer))
+
+    def in_two_parts(x):
+        loss, log_z = energy(x), model.log_z()
+        log_z.backward(inputs=parameters)
+        return loss + log_z.detach()
+
+    if args.loss == "ml":
+        return in_two_parts if graphed else whole
+    return Graphed(whole) if graphed and args.loss != "sml" else whole
 
 
 class MovingAverage:
@@ -97,10 +166,16 @@ class MovingAverage:
 
 
 @contextlib.contextmanager
-def fast_matmul():
+def fast_matmul(loss):
     """Lets a GPU multiply in TF32, and a CPU in bfloat16 where it has units for that (AMX). On a CPU that has none
-    the products stay float32, but come from oneDNN instead of MKL, which is slow on AMD processors. For training only."""
-    precisions = ((torch.backends.cuda.matmul, "tf32"), (torch.backends.mkldnn.matmul, "bf16"))
+    the products stay float32, but come from oneDNN instead of MKL, which is slow on AMD processors. For training only.
+
+    Not for fdssm: it divides small differences of energies by ξ². In TF32 their rounding adds to the gradient of the convolutional
+    flow a noise four fifths as large as that of a batch.
+    """
+    exact, amx = loss == "fdssm", torch.cpu.get_capabilities().get("amx_bf16", False)
+    precisions = ((torch.backends.cuda.matmul, "ieee" if exact else "tf32"),
+                  (torch.backends.mkldnn.matmul, "ieee" if exact and amx else "bf16"))
     before = [matmul.fp32_precision for matmul, _ in precisions]
     for matmul, precision in precisions:
         matmul.fp32_precision = precision
@@ -128,6 +203,7 @@ def fit(args, run, model, average, optimizer, seen, minibatches, steps, evaluate
     gradient or a figure is not finite, or a weight singular; it names the step.
     """
     evaluated = average.model if args.ema else model
+    gradient = gradient_of(args, seen, optimizer)
     parts = {"model": model, "average": average, "optimizer": optimizer}
     if run.state:
         for name, part in parts.items():
@@ -143,7 +219,7 @@ def fit(args, run, model, average, optimizer, seen, minibatches, steps, evaluate
             start = time.perf_counter()
             bar.set_postfix(epoch=epoch, best_val_nll=f"{best['val_nll']:.4g}", refresh=False)
             with context():
-                trace = train_epoch(args, epoch, lambda x: objective(args, seen, x), average, optimizer, minibatches, steps, bar)
+                trace = train_epoch(args, epoch, gradient, average, optimizer, minibatches, steps, bar)
             rate = steps / (time.perf_counter() - start)
             row = checked(args, epoch, evaluate, evaluated)
             seconds += time.perf_counter() - start
@@ -156,8 +232,8 @@ def fit(args, run, model, average, optimizer, seen, minibatches, steps, evaluate
     return best
 
 
-def train_epoch(args, epoch, loss, average, optimizer, minibatches, steps, bar):
-    """`steps` updates down `loss`, (B, …) -> ().   -> (steps, 2): loss and gradient norm of each
+def train_epoch(args, epoch, gradient, average, optimizer, minibatches, steps, bar):
+    """`steps` updates down a gradient (see `gradient_of`).   -> (steps, 2): loss and gradient norm of each
 
     Every epoch starts its own random numbers, so that a resumed run has no generator to restore. The trace stays
     on the device and is read every 50 steps: a GPU need not wait for the bar.
@@ -168,7 +244,7 @@ def train_epoch(args, epoch, loss, average, optimizer, minibatches, steps, bar):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(args, epoch, (epoch - 1 + step / steps) / args.epochs)
         try:
-            trace[step] = torch.stack(update(args, loss(x), optimizer))
+            trace[step] = torch.stack(descend(args, gradient(x), optimizer))
         except torch.linalg.LinAlgError as error:  # of ml's determinants and sml's inverse
             raise RunError(f"{error}, at epoch {epoch}, step {step + 1}: {remedy(args)}") from None
         average.update()

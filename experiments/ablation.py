@@ -23,7 +23,7 @@ from data import MNIST, DataError, mnist
 from experiments import record, recorded
 from experiments.toys import interval
 from run import RunError, one_line_errors, save_picture
-from training import MovingAverage, fast_matmul, make_optimizer, objective, pick_device, train_epoch, trainable
+from training import MovingAverage, fast_matmul, gradient_of, make_optimizer, pick_device, train_epoch, trainable
 
 OBJECTIVES = ["ssm", "dsm", "fdssm"]
 CURVE = 1000  # steps
@@ -38,12 +38,13 @@ def train(args, splits, device):
     optimizer = make_optimizer(args, trainable(image_model))
     steps = len(train_set) // args.batch_size
     seen = flow if args.map else image_model
+    gradient = gradient_of(args, seen, optimizer)
     norms = []
     with tqdm(total=args.epochs * steps, unit=" batches", desc=label(args), dynamic_ncols=True) as bar:
         try:
             for epoch in range(1, args.epochs + 1):
-                with fast_matmul():
-                    trace = train_epoch(args, epoch, lambda x: objective(args, seen, x), average, optimizer,
+                with fast_matmul(args.loss):
+                    trace = train_epoch(args, epoch, gradient, average, optimizer,
                                         lambda epoch: train_mnist.following(args, seen, train_mnist.minibatches(args, pre, train_set)), steps, bar)
                 norms += trace[:, 1].tolist()
             train_mnist.refit(args, average.model, train_set)

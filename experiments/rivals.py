@@ -34,9 +34,9 @@ from data import MNIST, DataError, mnist
 from ebflow import EBFlow
 from experiments import record, recorded
 from experiments.speed import timed
-from layers import FullyConnected, LinearLayer
+from layers import FullyConnected
 from run import RunError, one_line_errors, save_picture
-from training import MovingAverage, checked, fast_matmul, make_optimizer, objective, pick_device, train_epoch, trainable
+from training import MovingAverage, checked, fast_matmul, gradient_of, make_optimizer, pick_device, train_epoch, trainable
 
 LEVELS = (1105, 1080, 1060)  # nats of validation NLL, the time to reach which is in the table
 STARTS = ("center", "whiten")
@@ -75,8 +75,8 @@ class SharedLayer(FullyConnected):
 
 class ExactLayer(SharedLayer):
 
-    def determinant(self):
-        return -torch.linalg.slogdet(self.weight).logabsdet
+    def log_abs_det(self, shape):
+        return torch.linalg.slogdet(self.weight).logabsdet
 
 
 class RelativeLayer(SharedLayer):
@@ -84,8 +84,8 @@ class RelativeLayer(SharedLayer):
     def forward(self, x):
         return RelativeLinear.apply(x, self.weight, self.bias)
 
-    def determinant(self):  # has the gradient -W = -W^{-T} WᵀW
-        return -0.5 * self.weight.square().sum()
+    def log_abs_det(self, shape):  # has the gradient W = W^{-T} WᵀW
+        return 0.5 * self.weight.square().sum()
 
 
 class SelfNormalizingLinear(torch.autograd.Function):
@@ -116,23 +116,20 @@ class SelfNormalizingLayer(SharedLayer):
         self.reconstruction = (held @ self.weight.T @ self.R.T - held).square().sum(1).mean()
         return SelfNormalizingLinear.apply(x, self.weight, self.R, self.bias)
 
-    def determinant(self):  # has the gradients -½Rᵀ of W and ½Wᵀ of R
+    def log_abs_det(self, shape):  # has the gradients ½Rᵀ of W and -½Wᵀ of R
         W, R = self.weight, self.R
-        return 0.5 * ((R * W.detach().T).sum() - (W * R.detach().T).sum()) + self.lam * self.reconstruction
+        return 0.5 * ((W * R.detach().T).sum() - (R * W.detach().T).sum())
 
 
-class Rival(nn.Module):
-    """The flow's energy through layers of another kind, plus what stands for their determinants. It shares the flow's weights."""
+class Rival(EBFlow):
+    """The flow with its weights in layers of another kind, whose log-determinants have the gradients that the method gives them."""
 
     def __init__(self, flow, kind):
-        super().__init__()
-        self.flow = EBFlow([kind(layer) if isinstance(layer, FullyConnected) else layer for layer in flow.layers], flow.shape)
+        super().__init__([kind(layer) if isinstance(layer, FullyConnected) else layer for layer in flow.layers], flow.shape)
 
-    def forward(self, x):
-        energy = self.flow.energy(x).mean()
-        determinants = [layer.determinant() if isinstance(layer, FullyConnected) else -layer.log_abs_det(shape)
-                        for layer, shape in zip(self.flow.layers, self.flow.shapes) if isinstance(layer, LinearLayer)]
-        return energy + sum(determinants)
+    def energy(self, x):
+        energy = super().energy(x)
+        return energy + sum(layer.lam * layer.reconstruction for layer in self.layers if isinstance(layer, SelfNormalizingLayer))
 
 
 def beside(images, n):
@@ -167,9 +164,10 @@ def train(name, normalize, flags, steps, every, splits, device, digits=1, until=
     seconds = time.perf_counter() - start if normalize == "whiten" else 0.0
     train_set = train_set.to(device)
     rival = {"ml": ExactLayer, "relative": RelativeLayer, "self-norm": SelfNormalizingLayer}.get(name)
-    loss = Rival(flow, rival) if rival else lambda x: objective(args, flow, x)
+    seen = Rival(flow, rival) if rival else flow
     average = MovingAverage(image_model, args.ema_decay)
-    optimizer = make_optimizer(args, trainable(loss if rival else flow))
+    optimizer = make_optimizer(args, trainable(seen))
+    gradient = gradient_of(args, seen, optimizer)
 
     def minibatches(epoch):
         images = islice(batches(train_set, digits, args.batch_size), every)
@@ -184,8 +182,8 @@ def train(name, normalize, flags, steps, every, splits, device, digits=1, until=
         try:
             for epoch in range(args.epochs + 1):
                 if epoch:
-                    with fast_matmul():
-                        seconds += timed(lambda: train_epoch(args, epoch, loss, average, optimizer, minibatches, every, bar), device)
+                    with fast_matmul(args.loss):
+                        seconds += timed(lambda: train_epoch(args, epoch, gradient, average, optimizer, minibatches, every, bar), device)
                 row = checked(args, epoch, validate, average.model)
                 curve.append((epoch * every, seconds, row["val_nll"]))
                 bar.set_postfix(val_nll=f"{row['val_nll']:.1f}")
@@ -198,8 +196,10 @@ def train(name, normalize, flags, steps, every, splits, device, digits=1, until=
 
 
 def step_time(curve):
-    """Seconds of a step, the median of the stretches between evaluations: a slow moment of the machine is nobody's fault."""
-    return statistics.median((t1 - t0) / (s1 - s0) for (s0, t0, _), (s1, t1, _) in zip(curve, curve[1:])) if len(curve) > 1 else None
+    """Seconds of a step, the median of the stretches between evaluations: a slow moment of the machine is nobody's fault, nor is the first
+    stretch, in which libraries set themselves up and a GPU records its graph."""
+    stretches = [(t1 - t0) / (s1 - s0) for (s0, t0, _), (s1, t1, _) in zip(curve, curve[1:])]
+    return statistics.median(stretches[1:] or stretches) if stretches else None
 
 
 def reached(curve, level):

@@ -7,6 +7,13 @@ def seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def float64():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
 def failing(main):
     """A function (capsys, *arguments) -> the one line that the command prints before it exits with another status than 0."""
     def fails(capsys, *args):

@@ -34,13 +34,6 @@ def data(tmp_path_factory):
     return small_data_set(tmp_path_factory.mktemp("data"))
 
 
-@pytest.fixture
-def float64():
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
-
-
 def arguments(data, out, *extra):
     return ["--data", str(data), "--out", str(out), "--epochs", "2", "--batch-size", "50", "--device", "cpu", *extra]
 
@@ -242,12 +235,14 @@ def test_a_last_actnorm_follows_the_flow_s_output_and_is_the_only_one(data, arch
     assert not any(isinstance(layer, ActNorm) for layer in build(parse(["--arch", arch, "--loss", "ml"]), images)[1].layers)
 
 
-def test_fast_products_are_for_training_only():
-    """TF32 on a GPU and bfloat16 on a CPU inside, and what was there before outside, after an error, too."""
+@pytest.mark.parametrize("loss, amx, inside", [("dsm", True, ["tf32", "bf16"]), ("fdssm", True, ["ieee", "ieee"]), ("fdssm", False, ["ieee", "bf16"])])
+def test_fast_products_are_for_training_only_and_short_ones_not_for_fdssm(monkeypatch, loss, amx, inside):
+    """TF32 on a GPU and bfloat16 on a CPU inside (without AMX: oneDNN in float32), and what was there before outside, after an error, too."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": amx})
     matmuls = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
     before = [matmul.fp32_precision for matmul in matmuls]
-    with pytest.raises(KeyError), training.fast_matmul():
-        assert [matmul.fp32_precision for matmul in matmuls] == ["tf32", "bf16"] != before
+    with pytest.raises(KeyError), training.fast_matmul(loss):
+        assert [matmul.fp32_precision for matmul in matmuls] == inside != before
         raise KeyError
     assert [matmul.fp32_precision for matmul in matmuls] == before
 

@@ -89,7 +89,7 @@ def test_the_points_end_with_the_noise_of_the_toy_and_dsm_adds_it_itself(tmp_pat
     """The minimiser of every objective is p: bare points with σ = 0.375 for dsm, points of p for the others."""
     seen = []
     step = training.objective
-    monkeypatch.setattr(training, "objective", lambda args, model, x: seen.append((args.sigma, x)) or step(args, model, x))
+    monkeypatch.setattr(training, "objective", lambda args, model, x: seen.append((args.sigma.item(), x)) or step(args, model, x))
     monkeypatch.setattr(Toy, "points", lambda self, n, device: torch.zeros(n, 2, device=device), raising=False)
     monkeypatch.setattr(Toy, "__init__", without_points(Toy.__init__))
     main(arguments(tmp_path, "--loss", loss, "--batch-size", "4000"))

@@ -1,0 +1,94 @@
+"""A step that a GPU replays as one CUDA graph is the step."""
+
+import pytest
+import torch
+
+import train_mnist
+import train_toy
+from ebflow import cnn_flow, fc_flow, glow_flow, toy_flow
+from training import Graphed, gradient_of, make_optimizer, objective, trainable
+
+FLOWS = {"fc": lambda: fc_flow(16, bend=1.0), "cnn": lambda: cnn_flow((1, 8, 8), diagonal=0.6), "glow": lambda: glow_flow((1, 8, 8), 8, 2)}
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+def settings(arch, loss, device):
+    args = train_mnist.parse(["--arch", arch, "--loss", loss])
+    torch.manual_seed(0)
+    flow = FLOWS[arch]().to(device)
+    return args, flow, make_optimizer(args, trainable(flow))
+
+
+@pytest.mark.parametrize("arch", FLOWS)
+def test_maximum_likelihood_is_the_gradient_of_the_energy_and_that_of_log_z(float64, arch):
+    args, flow, optimizer = settings(arch, "ml", "cpu")
+    x = torch.randn(10, *flow.shape)
+    for gradient in (gradient_of(args, flow, optimizer), gradient_of(args, flow, optimizer, graphed=True)):
+        for _ in range(2):  # the second call starts from no gradient, too
+            loss = gradient(x)
+        expected = torch.autograd.grad(-flow.log_prob(x).mean(), trainable(flow))
+        torch.testing.assert_close([p.grad for p in trainable(flow)], [*expected])
+        torch.testing.assert_close(loss, -flow.log_prob(x).mean())
+
+
+@gpu
+@pytest.mark.parametrize("arch", FLOWS)
+@pytest.mark.parametrize("loss", ["ml", "ssm", "dsm", "fdssm"])
+def test_a_replayed_gradient_is_that_of_the_objective(float64, arch, loss):
+    args, flow, optimizer = settings(arch, loss, "cuda")
+    gradient = gradient_of(args, flow, optimizer)
+    for seed in range(3):
+        x = torch.randn(10, *flow.shape, device="cuda")
+        torch.manual_seed(seed)
+        value = gradient(x).clone()
+        found = [p.grad.clone() for p in trainable(flow)]
+        torch.manual_seed(seed)
+        expected = objective(args, flow, x)
+        torch.testing.assert_close(value, expected.detach())
+        torch.testing.assert_close(found, [*torch.autograd.grad(expected, trainable(flow))])
+
+
+@gpu
+def test_a_replay_draws_anew_and_recording_draws_nothing_that_is_missed():
+    noise = Graphed(lambda x: (x + torch.randn_like(x)).sum())
+    x = torch.zeros(5, 4, device="cuda")
+    torch.manual_seed(0)
+    values = [noise(x).item() for _ in range(3)]
+    assert len(set(values)) == 3
+    torch.manual_seed(0)
+    assert [noise(x).item() for _ in range(3)] == values
+
+
+@gpu
+def test_a_noise_that_falls_is_seen_by_the_replay():
+    [args], _ = train_toy.parse(["--loss", "dsm"])
+    args.sigma = torch.tensor(2.0, dtype=torch.float64, device="cuda")
+    flow, x = toy_flow(blocks=2).cuda(), torch.randn(100, 2, device="cuda")
+    gradient = gradient_of(args, flow, make_optimizer(args, trainable(flow)))
+    for sigma in (2.0, 0.5):
+        args.sigma.fill_(sigma)
+        torch.manual_seed(0)
+        value = gradient(x).item()
+        torch.manual_seed(0)
+        assert value == pytest.approx(objective(args, flow, x).item(), rel=1e-4)
+
+
+@gpu
+@pytest.mark.parametrize("loss", ["ml", "dsm"])
+def test_a_run_on_a_gpu_that_is_resumed_ends_with_the_same_bits(tmp_path, loss, monkeypatch):
+    flags = ["--loss", loss, "--blocks", "2", "--epochs", "3", "--steps", "20", "--test-points", "400", "--device", "cuda"]
+    train_toy.main([*flags, "--out", str(tmp_path / "whole")])
+    train_epoch = train_toy.fit.__globals__["train_epoch"]
+
+    def stopped(args, epoch, *rest):
+        if epoch == 2:
+            raise KeyboardInterrupt
+        return train_epoch(args, epoch, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setitem(train_toy.fit.__globals__, "train_epoch", stopped)
+        with pytest.raises(SystemExit):
+            train_toy.main([*flags, "--out", str(tmp_path / "stopped")])
+    train_toy.main([*flags, "--out", str(tmp_path / "stopped"), "--resume"])
+    whole, resumed = (torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)["state"]["model"] for name in ("whole", "stopped"))
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
