@@ -36,11 +36,11 @@ import losses
 from data import TOYS, mixture
 from ebflow import EBFlow, toy_flow
 from evaluate_ebm import Exact, density, mixing, table, weights
+from flags import OPTIMIZATION, add_run_flags, add_settings, configuration, pick_device, with_settings
 from layers import FullyConnected, Standardize
 from run import Run, RunError, one_line_errors
 from sampling import SamplingError, alternate
-from training import (OPTIMIZATION, MovingAverage, add_run_flags, add_settings, configuration, learning_rate,
-                      make_optimizer, pick_device, trainable, update, with_settings)
+from training import MovingAverage, learning_rate, make_optimizer, trainable, update
 
 # The settings that a flag of the same name changes.
 COMMON = OPTIMIZATION | dict(

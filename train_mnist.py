@@ -19,10 +19,10 @@ from matplotlib.figure import Figure
 import processes
 from data import MNIST, DataError, dequantize, mnist
 from ebflow import EBFlow, cnn_flow, fc_flow, glow_flow, logit_preprocessing
+from flags import OPTIMIZATION, add_run_flags, add_settings, configuration, pick_device, with_settings
 from layers import ActNorm, FullyConnected
 from run import Run, RunError, curves, one_line_errors, read_checkpoint
-from training import (OPTIMIZATION, MovingAverage, add_run_flags, add_settings, configuration, fast_matmul, fit,
-                      make_optimizer, pick_device, trainable, with_settings)
+from training import MovingAverage, fast_matmul, fit, make_optimizer, trainable
 
 # The settings that a flag of the same name changes. `--paper` takes the published ones instead.
 COMMON = OPTIMIZATION | dict(

@@ -19,9 +19,9 @@ from matplotlib.figure import Figure
 
 from data import TOYS, Toy
 from ebflow import toy_flow
+from flags import OPTIMIZATION, add_run_flags, add_settings, configuration, pick_device, with_settings
 from run import Run, curves, image, lattice, one_line_errors, save_picture
-from training import (OPTIMIZATION, MovingAverage, add_run_flags, add_settings, configuration, fit, make_optimizer,
-                      pick_device, trainable, with_settings)
+from training import MovingAverage, fit, make_optimizer, trainable
 
 # The settings that a flag of the same name changes.
 COMMON = OPTIMIZATION | dict(

@@ -22,8 +22,9 @@ import train_mnist
 from data import MNIST, DataError, mnist
 from experiments import record, recorded
 from experiments.toys import interval
+from flags import pick_device
 from run import RunError, one_line_errors, save_picture
-from training import MovingAverage, fast_matmul, gradient_of, make_optimizer, pick_device, train_epoch, trainable
+from training import MovingAverage, fast_matmul, gradient_of, make_optimizer, train_epoch, trainable
 
 OBJECTIVES = ["ssm", "dsm", "fdssm"]
 CURVE = 1000  # steps

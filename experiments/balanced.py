@@ -20,8 +20,8 @@ from matplotlib.figure import Figure
 import train_ebm
 from data import mixture
 from experiments import machine, record
+from flags import configuration
 from run import image, read_checkpoint, read_metrics, save_picture
-from training import configuration
 
 SAMPLERS = list(train_ebm.DEFAULTS)
 KEPT = ("test_nll", "entropy", "test_kl", "test_kl_se", "weights", "chains", "tv", "log_z", "ess", "flow_log_z",

@@ -13,13 +13,13 @@ import argparse
 from pathlib import Path
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from data import MNIST, DataError, mnist
 from experiments import record, recorded
 from experiments.rivals import reached, step_time, train
+from flags import pick_device
 from run import one_line_errors, save_picture
-from training import pick_device
 
 LEVEL = 1105  # nats of validation NLL for a digit
 # The best that were found at n = 1, and for ml and relative do not break down at 2 and 4: learning rate, which is divided by √n;
@@ -67,6 +67,9 @@ def picture(runs):
     axes.set(xlabel="D", ylabel="seconds of training", title=f"to {LEVEL:,} nats per digit on the validation split",
              xticks=ticks, xticklabels=[f"{D:,}" for D in ticks])
     axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter(NullFormatter())
     axes.grid(alpha=0.3)
     axes.legend()
     return figure

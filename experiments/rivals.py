@@ -34,9 +34,10 @@ from data import MNIST, DataError, mnist
 from ebflow import EBFlow
 from experiments import record, recorded
 from experiments.speed import timed
+from flags import pick_device
 from layers import FullyConnected
 from run import RunError, one_line_errors, save_picture
-from training import MovingAverage, checked, fast_matmul, gradient_of, make_optimizer, pick_device, train_epoch, trainable
+from training import MovingAverage, checked, fast_matmul, gradient_of, make_optimizer, train_epoch, trainable
 
 LEVELS = (1105, 1080, 1060)  # nats of validation NLL, the time to reach which is in the table
 STARTS = ("center", "whiten")

@@ -27,9 +27,10 @@ from tqdm import tqdm
 from ebflow import cnn_flow, fc_flow
 from experiments import record, recorded
 from experiments.speed import FlopCounter, timed
+from flags import pick_device
 from run import RunError, one_line_errors, save_picture
 from train_mnist import LOSSES, parse
-from training import descend, fast_matmul, gradient_of, make_optimizer, objective, pick_device, train_step, trainable
+from training import descend, fast_matmul, gradient_of, make_optimizer, objective, train_step, trainable
 
 # Operations of an n × n factorisation (⅔n³), and of a solve with it (2n² for each right-hand side).
 aten = torch.ops.aten

@@ -105,8 +105,9 @@ def test_the_table_of_the_rivals_holds_the_recorded_numbers():
         assert row in README
 
 
-def test_the_table_of_the_race_holds_the_recorded_numbers():
-    for row in race.rows(result("race-cpu.json")["runs"]):
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_the_tables_of_the_race_hold_the_recorded_numbers(device):
+    for row in race.rows(result(f"race-{device}.json")["runs"]):
         assert row in README
 
 
@@ -153,7 +154,8 @@ def test_what_is_said_of_the_runs_on_a_gpu_is_recorded():
         assert f"{run['test_nll']:.1f}" in README
     dsm = gpu["mnist"][0]
     assert f"{dsm['seconds']:.0f} seconds with evaluation, at {dsm['batches_per_second']:.0f} batches/s, and ends at {dsm['test_nll']:.1f}" in README
-    assert ", ".join(f"{loss} {rate:.1f}" for loss, rate in gpu["speed"]["batches_per_second"].items()) in README
+    for speed in (gpu["speed"], gpu["speed_cnn"]):
+        assert ", ".join(f"{loss} {rate:.1f}" for loss, rate in speed["batches_per_second"].items()) in README
     shares = [100 / gpu["speed"]["step_over_floor"][loss] for loss in ("ssm", "dsm", "fdssm")]
     assert f"{min(shares):.0f} to {max(shares):.0f} %" in README
 
