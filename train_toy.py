@@ -56,7 +56,7 @@ def train(args):
     run = Run(args.out, configuration(args), args.resume, args.overwrite)
     val, test = (truth(toy, n, seed, device) for n, seed in ((args.test_points // 4, -1), (args.test_points, -2)))
 
-    args.sigma = torch.empty((), dtype=torch.float64, device=device)
+    args.sigma = torch.empty((), dtype=torch.float64, device=device)  # a tensor, which a CUDA graph reads anew
 
     def minibatches(epoch):
         for step in range(args.steps):
@@ -112,7 +112,7 @@ def divergences(split, model, x, log_prob, score):
 
 def density(flow, toy, x):
     """Truth beside model, and the energy with the score as arrows: they point to where the density grows."""
-    figure = Figure(figsize=(10.5, 3.7), layout="constrained")
+    figure = Figure(figsize=(10.5, 3.9), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
     top = toy.log_prob(x).max().exp().item()
     image(left, lambda x: toy.log_prob(x).exp(), x, vmin=0, vmax=top)

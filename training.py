@@ -68,27 +68,34 @@ def descend(args, loss, optimizer):
 
 
 class Graphed:
-    """A function (B, …) -> () whose kernels a GPU records at the first call, as one CUDA graph, and replays from then on.
+    """A function of a batch whose kernels a GPU records at the first call, as one CUDA graph, and replays from then on.
 
     A step on a small batch is hundreds of short kernels, and python takes longer to start one than the GPU to run it. What is
     recorded must not wait for the GPU, nor depend on numbers of python that change: a σ that falls is a tensor, and filled.
-    Random numbers are drawn anew in every replay. Where x is not on a GPU, it is the function itself.
+    Tensors that it reads are changed in place only. Random numbers are drawn anew in every replay. The function leaves gradients
+    in `parameters`, if it does. Where x is not on a GPU, it is the function itself. Raises ValueError where x has another shape than
+    the first one.
     """
 
-    def __init__(self, function):
-        self.function, self.graph = function, None
+    def __init__(self, function, parameters=()):
+        self.function, self.parameters, self.graph = function, parameters, None
 
     def __call__(self, x):
         if not x.is_cuda:
             return self.function(x)
-        if self.graph is None:
-            self._record(x)
-        self.x.copy_(x)
-        self.graph.replay()
+        with torch.cuda.device(x.device):
+            if self.graph is None:
+                self._record(x)
+            if x.shape != self.x.shape:
+                raise ValueError(f"recorded for batches of shape {tuple(self.x.shape)}, not {tuple(x.shape)}")
+            self.x.copy_(x)
+            self.graph.replay()
+        for p, gradient in zip(self.parameters, self.gradients):
+            p.grad = gradient
         return self.value  # the next call writes over it
 
     def _record(self, x):
-        self.x = x.clone()
+        self.x, graph = x.clone(), torch.cuda.CUDAGraph()
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.random.fork_rng([x.device]):  # a run that is resumed records at another step, and draws the same numbers
@@ -96,16 +103,17 @@ class Graphed:
                 for _ in range(3):  # what libraries set up at their first calls is not to be recorded
                     self.function(self.x)
             torch.cuda.current_stream().wait_stream(stream)
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
+            with torch.cuda.graph(graph):
                 self.value = self.function(self.x)
+        self.graph, self.gradients = graph, [p.grad for p in self.parameters]
 
 
 def gradient_of(args, model, optimizer, graphed=None):
     """(B, …) -> (): the objective of a batch, whose gradient is left in the parameters.
 
-    On a GPU it is `Graphed`, as far as no matrix is factorised, which waits for the GPU: score matching as a whole, of `ml`
-    the energy, to whose gradient that of log Z is added, and `sml` not at all.
+    `graphed`, by default on a GPU, it is recorded (`Graphed`) as far as it does not wait for the GPU, as log Z does, which looks
+    whether its determinants are finite: score matching as a whole, of `ml` the energy, to whose gradient that of log Z is
+    added, and `sml`, which draws by g⁻¹, not at all.
     """
     parameters = optimizer.param_groups[0]["params"]
     if graphed is None:
@@ -114,16 +122,18 @@ def gradient_of(args, model, optimizer, graphed=None):
     def whole(x):
         return backward(objective(args, model, x), optimizer)
 
-    energy = Graphed(lambda x: backward(model.energy(x[processes.share(len(x))]).mean(), optimizer))
+    if args.loss == "sml" or args.loss == "ml" and not graphed:
+        return whole
+    if args.loss != "ml":
+        return Graphed(whole, parameters)
+    energy = Graphed(lambda x: backward(model.energy(x[processes.share(len(x))]).mean(), optimizer), parameters)
 
     def in_two_parts(x):
         loss, log_z = energy(x), model.log_z()
         log_z.backward(inputs=parameters)
-        return loss + log_z.detach()
+        return loss + log_z.detach().to(loss)
 
-    if args.loss == "ml":
-        return in_two_parts if graphed else whole
-    return Graphed(whole) if graphed and args.loss != "sml" else whole
+    return in_two_parts
 
 
 class MovingAverage:
@@ -158,19 +168,20 @@ def fast_matmul(loss):
     the products stay float32, but come from oneDNN instead of MKL, which is slow on AMD processors. For training only.
 
     Not for fdssm: it divides small differences of energies by ξ². In TF32 their rounding adds to the gradient of the convolutional
-    flow a noise four fifths as large as that of a batch.
+    flow a noise four fifths as large as that of a batch (of the other two 3 % and 4 %).
     """
     exact, amx = loss == "fdssm", torch.cpu.get_capabilities().get("amx_bf16", False)
-    precisions = ((torch.backends.cuda.matmul, "ieee" if exact else "tf32"),
+    on_gpu = "ieee" if exact else "tf32"
+    precisions = ((torch.backends.cuda.matmul, on_gpu), (torch.backends.cudnn.conv, on_gpu),
                   (torch.backends.mkldnn.matmul, "ieee" if exact and amx else "bf16"))
-    before = [matmul.fp32_precision for matmul, _ in precisions]
-    for matmul, precision in precisions:
-        matmul.fp32_precision = precision
+    before = [products.fp32_precision for products, _ in precisions]
+    for products, precision in precisions:
+        products.fp32_precision = precision
     try:
         yield
     finally:
-        for (matmul, _), precision in zip(precisions, before):
-            matmul.fp32_precision = precision
+        for (products, _), precision in zip(precisions, before):
+            products.fp32_precision = precision
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -184,7 +195,7 @@ def fit(args, run, model, average, optimizer, seen, minibatches, steps, evaluate
     seen         the model whose energy the objective sees: `model`, or the part of it after pre-processing
     minibatches  (epoch) -> an iterator over the batches of an epoch, `steps` of them
     evaluate     (model) -> a row of figures, among them "val_nll", which decides which epoch is kept
-    context      in which the steps are done, but not the evaluation, such as fast_matmul
+    context      () -> the context in which the steps are done, but not the evaluation
 
     Leaves in run.metrics a row for the start (epoch 0) and one for each epoch. Raises RunError where a loss, a
     gradient or a figure is not finite, or a weight singular; it names the step.

@@ -1,12 +1,13 @@
-"""A step that a GPU replays as one CUDA graph is the step."""
+"""A gradient that a GPU replays as a CUDA graph is the gradient."""
 
 import pytest
 import torch
 
 import train_mnist
 import train_toy
+import training
 from ebflow import cnn_flow, fc_flow, glow_flow, toy_flow
-from training import Graphed, gradient_of, make_optimizer, objective, trainable
+from training import Graphed, backward, descend, gradient_of, make_optimizer, objective, trainable
 
 FLOWS = {"fc": lambda: fc_flow(16, bend=1.0), "cnn": lambda: cnn_flow((1, 8, 8), diagonal=0.6), "glow": lambda: glow_flow((1, 8, 8), 8, 2)}
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -31,10 +32,16 @@ def test_maximum_likelihood_is_the_gradient_of_the_energy_and_that_of_log_z(floa
         torch.testing.assert_close(loss, -flow.log_prob(x).mean())
 
 
+def test_the_loss_of_maximum_likelihood_in_two_parts_has_the_type_of_the_gradient():
+    args, flow, optimizer = settings("fc", "ml", "cpu")
+    assert gradient_of(args, flow, optimizer, graphed=True)(torch.randn(10, 16)).dtype == torch.float32  # log Z is in float64
+
+
 @gpu
 @pytest.mark.parametrize("arch", FLOWS)
 @pytest.mark.parametrize("loss", ["ml", "ssm", "dsm", "fdssm"])
 def test_a_replayed_gradient_is_that_of_the_objective(float64, arch, loss):
+    """Of the weights as they are, after steps of the optimiser and other gradients between the replays."""
     args, flow, optimizer = settings(arch, loss, "cuda")
     gradient = gradient_of(args, flow, optimizer)
     for seed in range(3):
@@ -46,6 +53,8 @@ def test_a_replayed_gradient_is_that_of_the_objective(float64, arch, loss):
         expected = objective(args, flow, x)
         torch.testing.assert_close(value, expected.detach())
         torch.testing.assert_close(found, [*torch.autograd.grad(expected, trainable(flow))])
+        descend(args, value, optimizer)
+        backward(objective(args, flow, x), optimizer)
 
 
 @gpu
@@ -57,6 +66,8 @@ def test_a_replay_draws_anew_and_recording_draws_nothing_that_is_missed():
     assert len(set(values)) == 3
     torch.manual_seed(0)
     assert [noise(x).item() for _ in range(3)] == values
+    with pytest.raises(ValueError, match="recorded for batches of shape"):
+        noise(x[:1])
 
 
 @gpu
@@ -78,7 +89,7 @@ def test_a_noise_that_falls_is_seen_by_the_replay():
 def test_a_run_on_a_gpu_that_is_resumed_ends_with_the_same_bits(tmp_path, loss, monkeypatch):
     flags = ["--loss", loss, "--blocks", "2", "--epochs", "3", "--steps", "20", "--test-points", "400", "--device", "cuda"]
     train_toy.main([*flags, "--out", str(tmp_path / "whole")])
-    train_epoch = train_toy.fit.__globals__["train_epoch"]
+    train_epoch = training.train_epoch
 
     def stopped(args, epoch, *rest):
         if epoch == 2:
@@ -86,7 +97,7 @@ def test_a_run_on_a_gpu_that_is_resumed_ends_with_the_same_bits(tmp_path, loss, 
         return train_epoch(args, epoch, *rest)
 
     with monkeypatch.context() as patch:
-        patch.setitem(train_toy.fit.__globals__, "train_epoch", stopped)
+        patch.setattr(training, "train_epoch", stopped)
         with pytest.raises(SystemExit):
             train_toy.main([*flags, "--out", str(tmp_path / "stopped")])
     train_toy.main([*flags, "--out", str(tmp_path / "stopped"), "--resume"])

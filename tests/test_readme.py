@@ -156,8 +156,6 @@ def test_what_is_said_of_the_runs_on_a_gpu_is_recorded():
     assert f"{dsm['seconds']:.0f} seconds with evaluation, at {dsm['batches_per_second']:.0f} batches/s, and ends at {dsm['test_nll']:.1f}" in README
     for speed in (gpu["speed"], gpu["speed_cnn"]):
         assert ", ".join(f"{loss} {rate:.1f}" for loss, rate in speed["batches_per_second"].items()) in README
-    shares = [100 / gpu["speed"]["step_over_floor"][loss] for loss in ("ssm", "dsm", "fdssm")]
-    assert f"{min(shares):.0f} to {max(shares):.0f} %" in README
 
 
 def test_what_is_said_of_the_runtime_on_a_gpu_is_recorded():

@@ -235,16 +235,17 @@ def test_a_last_actnorm_follows_the_flow_s_output_and_is_the_only_one(data, arch
     assert not any(isinstance(layer, ActNorm) for layer in build(parse(["--arch", arch, "--loss", "ml"]), images)[1].layers)
 
 
-@pytest.mark.parametrize("loss, amx, inside", [("dsm", True, ["tf32", "bf16"]), ("fdssm", True, ["ieee", "ieee"]), ("fdssm", False, ["ieee", "bf16"])])
+@pytest.mark.parametrize("loss, amx, inside", [("dsm", True, ["tf32", "tf32", "bf16"]), ("fdssm", True, ["ieee", "ieee", "ieee"]),
+                                               ("fdssm", False, ["ieee", "ieee", "bf16"])])
 def test_fast_products_are_for_training_only_and_short_ones_not_for_fdssm(monkeypatch, loss, amx, inside):
     """TF32 on a GPU and bfloat16 on a CPU inside (without AMX: oneDNN in float32), and what was there before outside, after an error, too."""
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": amx})
-    matmuls = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
-    before = [matmul.fp32_precision for matmul in matmuls]
+    products = torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.mkldnn.matmul
+    before = [kind.fp32_precision for kind in products]
     with pytest.raises(KeyError), training.fast_matmul(loss):
-        assert [matmul.fp32_precision for matmul in matmuls] == inside != before
+        assert [kind.fp32_precision for kind in products] == inside != before
         raise KeyError
-    assert [matmul.fp32_precision for matmul in matmuls] == before
+    assert [kind.fp32_precision for kind in products] == before
 
 
 def test_a_glow_without_actnorms_is_one_line(data, tmp_path, capsys):
