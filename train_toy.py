@@ -140,6 +140,9 @@ def grid(cells, toys, objectives):
         image(axes_row[0], lambda x: toy.log_prob(x).exp(), x, vmin=0, vmax=top)
         axes_row[0].set_title(f"{name}, truth", fontsize="small")
         for axes, loss in zip(axes_row[1:], objectives):
+            if (name, loss) not in cells:
+                axes.axis("off")
+                continue
             flow, row = cells[name, loss]
             image(axes, lambda x: flow.log_prob(x).exp(), x.to(next(flow.parameters()).device), vmin=0, vmax=top)
             axes.set_title(f"{loss}: KL {row['test_kl']:.4f}", fontsize="small")

@@ -12,7 +12,7 @@ import losses
 import train_mnist
 import train_toy
 from ebflow import fc_flow, toy_flow
-from experiments import ablation, determinant, generation, gradient_variance, imputation, linear_masks, race, rivals
+from experiments import ablation, depth, determinant, generation, gradient_variance, imputation, linear_masks, race, rivals
 from experiments.toys import interval
 from data import TOYS, mnist
 from layers import FullyConnected
@@ -322,3 +322,25 @@ def gradient_samples(flow, toy, loss):
     gradients = torch.stack([torch.cat([g.flatten() for g in torch.autograd.grad(loss(flow.energy, toy.points(2000, "cpu"), 2.0, 0.05), [*flow.parameters()],
                                                                                  materialize_grads=True)]) for _ in range(100)])
     return gradients.mean(0), gradients.std(0) / 10
+
+
+def test_runs_of_several_settings_stand_side_by_side(tmp_path, capsys):
+    tiny = ["--blocks", "2", "--width", "8", "--epochs", "1", "--steps", "5", "--batch-size", "50", "--test-points", "200", "--device", "cpu"]
+    for name, flags in (("a", ["--seed", "0"]), ("b", ["--seed", "1"]), ("c", ["--seed", "0", "--lr", "0.01"])):
+        train_toy.main(["--data", "sine", "--loss", "fdssm", *tiny, *flags, "--out", str(tmp_path / name)])
+    (tmp_path / "a" / "checkpoint.pt").unlink()  # its figures count, the picture is another's
+    directories = [str(tmp_path / name) for name in "abc"]
+    capsys.readouterr()
+    depth.main([*directories, "--results", str(tmp_path)])
+    kl = [read_metrics(tmp_path / name)[-1]["test_kl"] for name in "abc"]
+    options = "--epochs 1{} --steps 5 --batch-size 50 --blocks 2 --width 8 --test-points 200"
+    first, second = capsys.readouterr().out.splitlines()
+    assert set(first.split("`")[1].split()) == set(options.format("").split()) and f"| {kl[0]:.4f}, {kl[1]:.4f} |" in first
+    assert set(second.split("`")[1].split()) == set(options.format(" --lr 0.01").split()) and f"| {kl[2]:.4f} |" in second
+    assert [run["kl"] for run in json.loads((tmp_path / "depth.json").read_text())["runs"]] == kl
+    assert (tmp_path / "depth.png").stat().st_size > 1000
+    parsed = train_toy.parse(["--data", "sine", "--loss", "fdssm", *second.split("`")[1].split()])[0][0]
+    assert all(getattr(parsed, name) == value for name, value in json.loads((tmp_path / "c" / "config.json").read_text()).items())
+    with pytest.raises(SystemExit) as exit:
+        depth.main([str(tmp_path), "--results", str(tmp_path)])
+    assert "is no finished run of train_toy.py" in exit.value.code

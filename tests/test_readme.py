@@ -11,7 +11,7 @@ import pytest
 import train_ebm
 import train_mnist
 import train_toy
-from experiments import ablation, balanced, race, rivals, runtime, toys
+from experiments import ablation, balanced, depth, race, rivals, runtime, toys
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -90,6 +90,11 @@ def result(name):
 
 def test_the_table_of_the_toys_holds_the_recorded_numbers():
     for row in toys.rows(result("toys.json")["rows"]):
+        assert row in README
+
+
+def test_the_table_of_the_deeper_toys_holds_the_recorded_numbers():
+    for row in depth.rows(result("depth.json")["runs"]):
         assert row in README
 
 

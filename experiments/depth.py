@@ -1,0 +1,74 @@
+"""Runs of `train_toy.py` with other settings than its own, side by side: what depth, steps and points are worth.
+
+    python train_toy.py --data swirl --loss dsm --blocks 20 --epochs 80
+    python -m experiments.depth runs/toy-swirl-dsm [another run ...]
+
+Writes results/depth.json, and results/depth.png with a row for each density and a column for each objective: of those runs that
+still have their checkpoint the first, in the order that they are given. Prints the rows of the README, one figure for each seed.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import train_toy
+from ebflow import toy_flow
+from experiments import record
+from run import RunError, one_line_errors, read_checkpoint, read_metrics, save_picture
+
+
+def flags(config):
+    """The flags that make a run's settings out of the defaults of its density and objective."""
+    defaults = train_toy.DEFAULTS[config["loss"]] | train_toy.BY_TOY.get(config["data"], {})
+    return " ".join(f"--{name.replace('_', '-')} {config[name]}" for name, value in defaults.items() if config[name] != value)
+
+
+def read(directory):
+    """Settings and last row of a finished run. Raises RunError."""
+    try:
+        config, last = json.loads((directory / "config.json").read_text()), read_metrics(directory)[-1]
+        return {name: config[name] for name in ("data", "loss", "seed")} | {
+            "flags": flags(config), "steps": last["step"], "minutes": last["seconds"] / 60,
+            **{name: last[f"test_{name}"] for name in ("kl", "kl_se", "fisher", "fisher_se")}}
+    except (OSError, ValueError, KeyError, IndexError):
+        raise RunError(f"{directory} is no finished run of train_toy.py") from None
+
+
+def load(directory):
+    state = read_checkpoint(directory / "checkpoint.pt")
+    flow = toy_flow(blocks=state["config"]["blocks"], width=state["config"]["width"])
+    flow.load_state_dict(state["state"]["best"]["model"])
+    return flow
+
+
+def rows(runs):
+    """The README's table: runs of several seeds in one row."""
+    groups = {}
+    for run in runs:
+        groups.setdefault((run["data"], run["loss"], run["flags"]), []).append(run)
+    return [f"| {data} | {loss} | `{options}` | " + " | ".join(
+        ", ".join(f"{run[figure]:.4f}" for run in group) for figure in ("kl", "fisher")) + " |"
+        for (data, loss, options), group in groups.items()]
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("runs", type=Path, nargs="+", help="directories of runs of train_toy.py")
+    parser.add_argument("--results", type=Path, default=Path("results"))
+    a = parser.parse_args(argv)
+    with one_line_errors(OSError):
+        runs = [read(directory) for directory in a.runs]
+        cells = {}
+        for run, directory in zip(runs, a.runs):
+            if (directory / "checkpoint.pt").exists():
+                cells.setdefault((run["data"], run["loss"]), (load(directory), {"test_kl": run["kl"]}))
+        a.results.mkdir(exist_ok=True)
+        record(a.results / "depth.json", {"command": "python -m experiments.depth", "runs": runs})
+        if cells:
+            toys, objectives = ([name for name in names if any(name in key for key in cells)] for names in (train_toy.TOYS, train_toy.DEFAULTS))
+            save_picture(a.results / "depth.png", train_toy.grid(cells, toys, objectives))
+        print("\n".join(rows(runs)))
+
+
+if __name__ == "__main__":
+    main()
