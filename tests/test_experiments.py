@@ -11,7 +11,7 @@ from torch.func import jacrev, vmap
 import losses
 import train_mnist
 import train_toy
-from ebflow import fc_flow, toy_flow
+from ebflow import EBFlow, fc_flow, toy_flow
 from experiments import ablation, depth, determinant, generation, gradient_variance, imputation, linear_masks, race, rivals
 from experiments.toys import interval
 from data import TOYS, mnist
@@ -322,6 +322,14 @@ def gradient_samples(flow, toy, loss):
     gradients = torch.stack([torch.cat([g.flatten() for g in torch.autograd.grad(loss(flow.energy, toy.points(2000, "cpu"), 2.0, 0.05), [*flow.parameters()],
                                                                                  materialize_grads=True)]) for _ in range(100)])
     return gradients.mean(0), gradients.std(0) / 10
+
+
+def test_the_actnorm_of_the_race_goes_all_the_way_to_the_moments(tmp_path, monkeypatch):
+    momenta, initialize = [], EBFlow.initialize
+    monkeypatch.setattr(EBFlow, "initialize", lambda flow, x, momentum=1.0: momenta.append(momentum) or initialize(flow, x, momentum))
+    flags = ["--batch-size", "50", "--actnorm", "moments"]
+    rivals.train("dsm", "center", flags, 20, 20, mnist(small_data_set(tmp_path)), torch.device("cpu"))
+    assert momenta == [1.0] * len(momenta) and len(momenta) == 5  # at the start, twice in 20 steps, at the two evaluations
 
 
 def test_runs_of_several_settings_stand_side_by_side(tmp_path, capsys):
