@@ -186,6 +186,9 @@ def test_the_reconstruction_of_self_normalizing_keeps_w_and_r_inverse_to_each_ot
     error = x @ W.T @ R.T - x
     expected = 2 * R.T @ error.T @ x / 500, 2 * error.T @ x @ W.T / 500
     torch.testing.assert_close(torch.autograd.grad(layer.reconstruction, [W, R]), expected)
+    loss, terms = losses.ml(rival.log_prob, x), [ours.reconstruction for ours in rival.layers if isinstance(ours, rivals.SelfNormalizingLayer)]
+    determinants = losses.ml(EBFlow(rival.layers, rival.shape).log_prob, x)
+    torch.testing.assert_close(loss - determinants, sum(terms))  # λ = 1
     optimizer = torch.optim.Adam([R], lr=0.01)
     for _ in range(500):
         optimizer.zero_grad()
@@ -337,14 +340,16 @@ def test_runs_of_several_settings_stand_side_by_side(tmp_path, capsys):
     for name, flags in (("a", ["--seed", "0"]), ("b", ["--seed", "1"]), ("c", ["--seed", "0", "--lr", "0.01"])):
         train_toy.main(["--data", "sine", "--loss", "fdssm", *tiny, *flags, "--out", str(tmp_path / name)])
     (tmp_path / "a" / "checkpoint.pt").unlink()  # its figures count, the picture is another's
-    directories = [str(tmp_path / name) for name in "abc"]
+    train_toy.main(["--data", "swirl", "--loss", "ml", *tiny, "--out", str(tmp_path / "d")])
+    directories = [str(tmp_path / name) for name in "abcd"]
     capsys.readouterr()
     depth.main([*directories, "--results", str(tmp_path)])
-    kl = [read_metrics(tmp_path / name)[-1]["test_kl"] for name in "abc"]
+    kl = [read_metrics(tmp_path / name)[-1]["test_kl"] for name in "abcd"]
     options = "--epochs 1{} --steps 5 --batch-size 50 --blocks 2 --width 8 --test-points 200"
-    first, second = capsys.readouterr().out.splitlines()
+    first, second, third = capsys.readouterr().out.splitlines()
     assert set(first.split("`")[1].split()) == set(options.format("").split()) and f"| {kl[0]:.4f}, {kl[1]:.4f} |" in first
     assert set(second.split("`")[1].split()) == set(options.format(" --lr 0.01").split()) and f"| {kl[2]:.4f} |" in second
+    assert third.startswith("| swirl | ml | ")  # and the picture has no sine by ml, and no swirl by fdssm
     assert [run["kl"] for run in json.loads((tmp_path / "depth.json").read_text())["runs"]] == kl
     assert (tmp_path / "depth.png").stat().st_size > 1000
     parsed = train_toy.parse(["--data", "sine", "--loss", "fdssm", *second.split("`")[1].split()])[0][0]
