@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from data import TOYS, Toy
 from ebflow import toy_flow
 from flags import OPTIMIZATION, add_run_flags, add_settings, configuration, pick_device, with_settings
-from run import Run, curves, image, lattice, one_line_errors, save_picture
+from run import Run, RunError, curves, image, lattice, one_line_errors, read_checkpoint, save_picture
 from training import MovingAverage, fit, make_optimizer, trainable
 
 # The settings that a flag of the same name changes.
@@ -73,6 +73,17 @@ def train(args):
     run.picture("curves.png", curves(run.metrics, args.loss))
     run.picture("density.png", density(flow, toy, test[0]))
     return flow, run.metrics[-1]
+
+
+def load(directory):
+    """The flow of a run, with the weights that were kept. Raises RunError where there is no whole checkpoint, or one that does not fit."""
+    checkpoint = read_checkpoint(Path(directory) / "checkpoint.pt")
+    try:
+        flow = toy_flow(blocks=checkpoint["config"]["blocks"], width=checkpoint["config"]["width"])
+        flow.load_state_dict(checkpoint["state"]["best"]["model"])
+    except (KeyError, RuntimeError):
+        raise RunError(f"{directory} is no run of train_toy.py, or one of another version of this code") from None
+    return flow
 
 
 def smoothing(args, progress):

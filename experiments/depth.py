@@ -12,9 +12,8 @@ import json
 from pathlib import Path
 
 import train_toy
-from ebflow import toy_flow
 from experiments import record
-from run import RunError, one_line_errors, read_checkpoint, read_metrics, save_picture
+from run import RunError, one_line_errors, read_metrics, save_picture
 
 
 def flags(config):
@@ -32,13 +31,6 @@ def read(directory):
             **{name: last[f"test_{name}"] for name in ("kl", "kl_se", "fisher", "fisher_se")}}
     except (OSError, ValueError, KeyError, IndexError):
         raise RunError(f"{directory} is no finished run of train_toy.py") from None
-
-
-def load(directory):
-    state = read_checkpoint(directory / "checkpoint.pt")
-    flow = toy_flow(blocks=state["config"]["blocks"], width=state["config"]["width"])
-    flow.load_state_dict(state["state"]["best"]["model"])
-    return flow
 
 
 def rows(runs):
@@ -61,7 +53,7 @@ def main(argv=None):
         cells = {}
         for run, directory in zip(runs, a.runs):
             if (directory / "checkpoint.pt").exists():
-                cells.setdefault((run["data"], run["loss"]), (load(directory), {"test_kl": run["kl"]}))
+                cells.setdefault((run["data"], run["loss"]), (train_toy.load(directory), {"test_kl": run["kl"]}))
         a.results.mkdir(exist_ok=True)
         record(a.results / "depth.json", {"command": "python -m experiments.depth", "runs": runs})
         if cells:

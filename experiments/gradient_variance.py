@@ -18,8 +18,8 @@ from tqdm import tqdm
 
 import losses
 import train_mnist
+import train_toy
 from data import MNIST, TOYS, DataError, Toy, mnist
-from ebflow import toy_flow
 from experiments import machine, record
 from run import RunError, one_line_errors, read_checkpoint
 from training import trainable
@@ -44,13 +44,10 @@ def moments(loss, parameters, batches):
 
 def finished(directory, data):
     """A run of either script.   -> its flow, (n) -> n bare points, the σ of the noise on them, and the architecture if they are images"""
-    checkpoint = read_checkpoint(directory / "checkpoint.pt")
-    config = checkpoint["config"]
+    config = read_checkpoint(directory / "checkpoint.pt")["config"]
     if config.get("data") in TOYS and "blocks" in config:
-        flow = toy_flow(blocks=config["blocks"], width=config["width"])
-        flow.load_state_dict(checkpoint["state"]["best"]["model"])
         toy = TOYS[config["data"]]()
-        return flow, lambda n: toy.points(n, "cpu"), Toy.smoothing, None
+        return train_toy.load(directory), lambda n: toy.points(n, "cpu"), Toy.smoothing, None
     sigma = config.get("sigma") or config.get("noise")
     if "arch" not in config or not (config["map"] and sigma):
         raise RunError(f"{directory} is no run of train_toy.py, nor one of train_mnist.py by score matching under noise")

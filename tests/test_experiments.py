@@ -357,3 +357,9 @@ def test_runs_of_several_settings_stand_side_by_side(tmp_path, capsys):
     with pytest.raises(SystemExit) as exit:
         depth.main([str(tmp_path), "--results", str(tmp_path)])
     assert "is no finished run of train_toy.py" in exit.value.code
+    checkpoint = torch.load(tmp_path / "c" / "checkpoint.pt", weights_only=True)
+    checkpoint["config"]["blocks"] = 3
+    torch.save(checkpoint, tmp_path / "c" / "checkpoint.pt")
+    with pytest.raises(SystemExit) as exit:
+        depth.main([*directories, "--results", str(tmp_path)])
+    assert "another version of this code" in exit.value.code
