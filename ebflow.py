@@ -93,11 +93,12 @@ class EBFlow(nn.Module):
         return self.inverse(torch.randn(n, *self.shapes[-1], device=like.device, dtype=like.dtype))
 
     @torch.no_grad()
-    def initialize(self, x, momentum=1.0):
-        """Data-dependent start: hands each linear layer the batch that reaches it (see ActNorm)."""
-        for layer in self.layers:
+    def initialize(self, x, momentum=1.0, first=0):
+        """Data-dependent start: hands each linear layer, from number `first` on, the batch that reaches it (see ActNorm)."""
+        for i, layer in enumerate(self.layers):
             if isinstance(layer, LinearLayer):
-                layer.initialize(x, momentum)
+                if i >= first:
+                    layer.initialize(x, momentum)
                 x = layer(x)
             else:
                 x = layer(x)[0]
@@ -191,12 +192,12 @@ def toy_flow(dim=2, blocks=10, width=64):
     return EBFlow([*layers, FullyConnected(dim)], (dim,))
 
 
-def glow_flow(shape=(1, 28, 28), width=512, depth=16, blocks=2):
+def glow_flow(shape=(1, 28, 28), width=512, depth=16, blocks=2, floor=0.0):
     """Blocks of a squeeze and `depth` × (actnorm, 1×1 convolution, affine coupling): the paper's Glow.
 
     Half of a block's channels go on to the next, the others are done. A last actnorm is the learnt mean and variance of
     Glow's prior. H and W must divide by 2^blocks. The couplings' networks have `width` channels and end in zeros: they
-    start at one scale for all and no shift.
+    start at one scale for all and no shift. No scale of theirs is below `floor`.
     """
     def network(n_in, n_out):
         last = nn.Conv2d(width, n_out, 3, padding=1)
@@ -210,7 +211,7 @@ def glow_flow(shape=(1, 28, 28), width=512, depth=16, blocks=2):
         active = channels // 2**block  # the first of them
         half, rest = active - active // 2, active // 2
         for _ in range(depth):
-            step = [ActNorm(active), Conv1x1(active), AffineCoupling(network(half, 2 * rest))]
+            step = [ActNorm(active), Conv1x1(active), AffineCoupling(network(half, 2 * rest), floor=floor)]
             if active < channels:
                 step = [LinearPart(step[0], active), LinearPart(step[1], active), NonlinearPart(step[2], active)]
             layers += step

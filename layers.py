@@ -318,18 +318,20 @@ class SmoothLeakyReLU(NonlinearLayer):
 class AffineCoupling(NonlinearLayer):
     """Half of the channels, x_a, decides how the other half is scaled and shifted.
 
-        h, t = network(x_a)      log s = log sigmoid(h + 2)
+        h, t = network(x_a)      s = floor + (1 - floor) sigmoid(h + 2)
         y_a = x_a                y_b = s ⊙ x_b + t                log|det J| = Σ log s
 
     `network` maps (B, C_a, …) to (B, 2 C_b, …), the halves being those of `tensor_split`; `swap` lets the
-    second half decide. s < 1 keeps the inverse and the score from blowing up; a linear layer can undo it.
+    second half decide. s < 1 keeps the score from blowing up; a linear layer can undo it. The inverse divides by s, and
+    score matching does not see what s is where no data are: with a `floor` in [0, 1) it stretches by 1 / floor at most.
     x (B, C, …) -> y (B, C, …), (B,)      Source: Dinh et al., "RealNVP" (2017); Kingma and Dhariwal (2018).
     """
 
-    def __init__(self, network, swap=False):
+    def __init__(self, network, swap=False, floor=0.0):
         super().__init__()
         self.network = network
         self.swap = swap
+        self.floor = floor
 
     def output_shape(self, shape):
         if len(shape) == 0 or shape[0] < 2:
@@ -345,7 +347,8 @@ class AffineCoupling(NonlinearLayer):
 
     def _log_scale_and_shift(self, x_a):
         h, t = self.network(x_a).chunk(2, dim=1)
-        return F.logsigmoid(h + 2), t
+        log_s = F.logsigmoid(h + 2)
+        return (torch.log(self.floor + (1 - self.floor) * log_s.exp()) if self.floor else log_s), t
 
     def forward(self, x):
         x_a, x_b = self._split(x)

@@ -429,6 +429,7 @@ LAYERS = {
     "SmoothLeakyReLU residual": (lambda: SmoothLeakyReLU(residual=True), (3,)),
     "SmoothLeakyReLU bend": (lambda: SmoothLeakyReLU(bend=1.5), (3,)),
     "AffineCoupling": (lambda: AffineCoupling(torch.nn.Linear(2, 2)), (3,)),
+    "AffineCoupling with a floor": (lambda: AffineCoupling(torch.nn.Linear(2, 2), floor=0.5), (3,)),
     "AffineCoupling swapped": (lambda: AffineCoupling(torch.nn.Linear(1, 4), swap=True), (3,)),
     "Logit": (lambda: Logit(), (3,)),
 }

@@ -63,13 +63,14 @@ GLOW = COMMON | dict(
     epochs=5, lr=1e-3, normalize="scale", clip=500.0,
     width=32,            # channels of the couplings' networks; 512 as published, for a GPU
     depth=4,             # steps of a block; 16 as published
-    actnorm="trained",   # as the other layers are, or held at the "moments" of what passes (see `following`)
+    floor=0.0,           # of the couplings' scales, by which g⁻¹ divides
+    actnorm="trained",   # the last one, as the other layers are, or held at the "moments" of what reaches it (see `following`)
 )
-GLOW_MATCHED = GLOW | dict(lr=3e-4, normalize="center", actnorm="moments", clip=0.0)
+GLOW_MATCHED = GLOW | dict(lr=3e-4, normalize="center", floor=0.5, actnorm="moments", clip=0.0)
 DEFAULTS["glow"] = {
     "ml": GLOW,
-    "sml": GLOW | dict(model_samples=100),
-    "ssm": GLOW_MATCHED | dict(epochs=3, clip=100.0, noise=0.4),
+    "sml": GLOW | dict(lr=3e-4, floor=0.5, model_samples=100),
+    "ssm": GLOW_MATCHED | dict(epochs=5, clip=100.0, noise=0.4),
     "dsm": GLOW_MATCHED | dict(sigma=0.4),
     "fdssm": GLOW_MATCHED | dict(noise=0.4, xi=1.0),
 }
@@ -129,16 +130,14 @@ def build(args, images):
         elif args.arch == "cnn":
             flow = cnn_flow(shape, diagonal=args.diagonal, bias=args.bias, bend=args.bend)
         else:
-            flow = glow_flow(shape, args.width, args.depth)
+            flow = glow_flow(shape, args.width, args.depth, floor=args.floor)
     except ValueError as error:  # an image that does not squeeze
         raise RunError(f"--arch {args.arch} cannot take images of {images.shape[-2]}×{images.shape[-1]}: {error}") from None
     if args.actnorm != "none":
         if args.arch != "glow":
             flow = EBFlow([*flow.layers, ActNorm(flow.shapes[-1][0])], shape)
-        hold(flow, pre(dequantize(images[:1000].view(-1, *shape))))
-        for layer in flow.modules():
-            if isinstance(layer, ActNorm):
-                layer.requires_grad_(not moments_are_held(args))
+        hold(flow, pre(dequantize(images[:1000].view(-1, *shape))), first=0)
+        flow.layers[-1].requires_grad_(not moments_are_held(args))
     return pre, flow, EBFlow([*pre.layers, *flow.layers], shape)
 
 
@@ -169,11 +168,11 @@ def minibatches(args, pre, images):
 
 
 def following(args, model, batches, momentum=0.1):
-    """The batches. On every tenth, with the noise that dsm adds, actnorms that are held at the moments go a tenth of the way to them,
-    or the fraction `momentum`.
+    """The batches. On every tenth, with the noise that dsm adds, a last actnorm that is held at the moments goes a tenth of the way
+    to them, or the fraction `momentum`.
 
-    The score hardly shows the mean and the scale of what passes a layer, and where it alone trains them they drift. The
-    last actnorm, before the prior N(0, I), has its maximum-likelihood value there; the others normalise as a batch normalisation.
+    The score hardly shows the mean and the scale of the flow's output, and where it alone trains them they drift. Before the
+    prior N(0, I) the moments are the maximum-likelihood values of the two.
     """
     for step, x in enumerate(batches):
         if moments_are_held(args) and step % 10 == 0:
@@ -185,15 +184,16 @@ def moments_are_held(args):
     return args.actnorm == "moments"
 
 
-def hold(model, x, momentum=1.0):
+def hold(model, x, momentum=1.0, first=None):
+    """The last layer, or all from number `first` on, go to the moments of what reaches them, or the fraction `momentum` of the way."""
     try:
-        model.initialize(x, momentum)
+        model.initialize(x, momentum, len(model.layers) - 1 if first is None else first)
     except ValueError as error:  # of a batch with a constant channel
         raise RunError(f"{error}, or take another --actnorm") from None
 
 
 def refit(args, model, images):
-    """Averaged weights have moments of their own: held actnorms take those of 1,000 training images."""
+    """Averaged weights have moments of their own: a held actnorm takes those of 1,000 training images."""
     if moments_are_held(args):
         torch.manual_seed(0)
         hold(model, dequantize(images[:1000]))

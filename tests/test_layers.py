@@ -58,6 +58,31 @@ def test_no_layer_of_a_glow_moves_at_momentum_0():
     assert not all(torch.equal(p, q) for p, q in zip(before, flow.parameters()))
 
 
+def test_a_coupling_s_floor_bounds_what_its_inverse_stretches():
+    """s = floor + (1 - floor) sigmoid(h + 2) stays between floor and 1, however far h goes; without a floor it is sigmoid(h + 2)."""
+    h = torch.tensor([-200.0, -30.0, 0.0, 30.0])
+    for floor in (0.0, 0.5):
+        coupling = layers.AffineCoupling(lambda x_a: torch.stack([x_a[:, 0], 0 * x_a[:, 0]], 1), floor=floor)  # t = 0
+        x = torch.stack([h, torch.ones(4)], 1)
+        y, log_abs_det = coupling(x)
+        s = floor + (1 - floor) * torch.sigmoid(h.double() + 2)
+        assert torch.allclose(log_abs_det.double().exp(), s) and torch.allclose(y[:, 1].double(), s)
+        stretched = coupling.inverse(x)[:, 1]
+        assert stretched.max() <= 1 / 0.5 if floor else stretched.max() > 1e12
+        assert log_abs_det.isfinite().all()
+
+
+def test_a_glow_has_its_floor_in_every_coupling_and_draws_stay_finite():
+    torch.manual_seed(0)
+    flows = {floor: ebflow.glow_flow((1, 8, 8), width=4, depth=4, floor=floor) for floor in (0.0, 0.5)}
+    for floor, flow in flows.items():
+        couplings = [m for m in flow.modules() if isinstance(m, layers.AffineCoupling)]
+        assert len(couplings) == 8 and all(m.floor == floor for m in couplings)
+        for m in couplings:
+            torch.nn.init.constant_(m.network[-1].bias, -30.0)  # what an objective may leave where no datum is
+    assert flows[0.5].sample(4).abs().max() < 1e6 < flows[0.0].sample(4).nan_to_num(math.inf).abs().max()
+
+
 def test_actnorm_starts_from_its_data():
     x = 3 + 5 * torch.randn(64, 4, 6, 6)
     layer = ActNorm(4)

@@ -1,5 +1,6 @@
 """The command `train_mnist.py`: what it writes, that a killed run resumes exactly, and how it fails."""
 
+import copy
 import itertools
 import json
 import math
@@ -17,7 +18,7 @@ import torch
 from conftest import failing
 from ebflow import EBFlow, fc_flow, logit_preprocessing
 from data import dequantize, mnist
-from layers import ActNorm, LinearLayer
+from layers import ActNorm, LinearLayer, Squeeze
 from training import MovingAverage, learning_rate, make_optimizer, train_step, trainable
 from run import RunError
 from run import read_metrics as rows
@@ -201,20 +202,23 @@ def test_a_glow_starts_with_every_actnorm_giving_mean_0_and_variance_1(data):
 
 
 @pytest.mark.parametrize("actnorm", ["moments", "trained"])
-def test_actnorms_held_at_their_moments_go_there_as_batches_pass_and_trained_ones_stay(data, actnorm):
+def test_a_glow_s_last_actnorm_goes_to_the_moments_as_batches_pass_where_it_is_held_and_no_other_does(data, actnorm):
     images = mnist(data)[0]
     args = parse(["--arch", "glow", "--loss", "dsm", "--sigma", "2", "--width", "4", "--depth", "2", "--actnorm", actnorm, "--batch-size", "10"])
     pre, flow, _ = build(args, images)
-    assert all(p.requires_grad == (actnorm == "trained") for m in flow.modules() if isinstance(m, ActNorm) for p in m.parameters())
+    *others, last = (m for m in flow.modules() if isinstance(m, ActNorm))
+    assert last.log_scale.requires_grad == last.bias.requires_grad == (actnorm == "trained")
+    assert len(others) == 4 and all(p.requires_grad for m in others for p in m.parameters())
     with torch.no_grad():
         for p in flow.parameters():
             p.add_(0.3 * torch.randn_like(p))
     z = pre(dequantize(images[:1000]))
-    clean, noisy = (lambda: off(actnorm_outputs(flow, z))), (lambda: off(actnorm_outputs(flow, z + 2 * torch.randn_like(z))))
-    before = noisy()
+    apart = lambda noise: off(actnorm_outputs(flow, z + noise * torch.randn_like(z))[-1:])
+    before, state = apart(2), copy.deepcopy(others)
     for _ in range(8):
         list(following(args, flow, minibatches(args, pre, images)))
-    assert (noisy() < 0.3 * before and noisy() < clean()) if actnorm == "moments" else noisy() == pytest.approx(before, rel=0.3)
+    assert (apart(2) < 0.3 * before and apart(2) < apart(0)) if actnorm == "moments" else apart(2) == pytest.approx(before, rel=0.3)
+    assert all(torch.equal(a.log_scale, b.log_scale) and torch.equal(a.bias, b.bias) for a, b in zip(others, state))
 
 
 @pytest.mark.parametrize("arch", ["fc", "cnn"])
@@ -252,21 +256,21 @@ def test_a_glow_without_actnorms_is_one_line(data, tmp_path, capsys):
     assert "--actnorm is trained or moments" in fails(capsys, *arguments(data, tmp_path, "--arch", "glow", "--actnorm", "none"))
 
 
-def test_one_batch_in_ten_moves_the_actnorms(data, monkeypatch):
+def test_one_batch_in_ten_moves_the_last_actnorm(data, monkeypatch):
     momenta = []
-    monkeypatch.setattr(EBFlow, "initialize", lambda flow, x, momentum: momenta.append(momentum))
+    monkeypatch.setattr(EBFlow, "initialize", lambda flow, x, momentum, first: momenta.append((momentum, first)))
     args = parse(["--arch", "glow", "--loss", "ssm"])
-    assert len(list(following(args, EBFlow([], (1,)), torch.ones(25, 2, 1)))) == 25
-    assert momenta == 3 * [0.1]
+    assert len(list(following(args, EBFlow([Squeeze(), ActNorm(4)], (1, 2, 2)), torch.ones(25, 2, 1, 2, 2)))) == 25
+    assert momenta == 3 * [(0.1, 1)]
 
 
-def test_the_averaged_weights_have_actnorms_at_their_own_moments(data, tmp_path):
+def test_the_averaged_weights_have_a_last_actnorm_at_their_own_moments(data, tmp_path):
     images, worst = mnist(data)[0], {}
     for actnorm in ("moments", "trained"):
         main(arguments(data, tmp_path / actnorm, "--arch", "glow", "--width", "4", "--depth", "2", "--lr", "1e-2", "--epochs", "8",
                        "--actnorm", actnorm))
         _, pre, flow, _ = load(tmp_path / actnorm, images)
-        worst[actnorm] = off(actnorm_outputs(flow, pre(dequantize(images[:1000]))))
+        worst[actnorm] = off(actnorm_outputs(flow, pre(dequantize(images[:1000])))[-1:])
     assert worst["moments"] < 0.1 < 0.3 < worst["trained"]
 
 
