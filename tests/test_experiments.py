@@ -3,6 +3,7 @@
 import json
 import math
 from itertools import islice
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -363,3 +364,22 @@ def test_runs_of_several_settings_stand_side_by_side(tmp_path, capsys):
     with pytest.raises(SystemExit) as exit:
         depth.main([*directories, "--results", str(tmp_path)])
     assert "another version of this code" in exit.value.code
+
+
+def test_the_kl_of_shares_is_that_of_the_masses_of_the_parts(monkeypatch):
+    """Squares of 1/8 each against 1/6 in the left half and 1/12 in the right: ½ log 9/8. The swirl against one uniform in t: ∫₀¹ 2s log 2s ds."""
+    board, swirl = TOYS["checkerboard"](), TOYS["swirl"]()
+    monkeypatch.setattr(board, "sample", lambda n: board.points(n, "cpu"))
+
+    def lighter_on_the_right(n):
+        x = board.points(4 * n, "cpu")
+        return x[(x[:, 0] < 0) | (torch.rand(len(x)) < 0.5)][:n]
+
+    def uniform(n):
+        t = 3 * math.pi * torch.rand(n)
+        return 5 / 6 * (torch.stack([t * t.cos() + 1, -t * t.sin() + 2], 1) - 0.25) + 0.3 * torch.randn(n, 2)
+
+    shares = lambda toy, sample: depth.kl_of_shares(toy, SimpleNamespace(sample=sample))
+    assert shares(board, lighter_on_the_right) == pytest.approx(math.log(9 / 8) / 2, abs=2e-3)
+    assert shares(swirl, uniform) == pytest.approx(math.log(2) - 0.5, abs=0.01)
+    assert abs(shares(swirl, swirl.sample)) < 5e-4
