@@ -195,7 +195,7 @@ def toy_flow(dim=2, blocks=10, width=64):
 def glow_flow(shape=(1, 28, 28), width=512, depth=16, blocks=2, floor=0.0):
     """Blocks of a squeeze and `depth` × (actnorm, 1×1 convolution, affine coupling): the paper's Glow.
 
-    Half of a block's channels go on to the next, the others are done. A last actnorm is the learnt mean and variance of
+    Half of a block's channels go on to the next, the others are done. A last actnorm is the mean and variance of
     Glow's prior. H and W must divide by 2^blocks. The couplings' networks have `width` channels and end in zeros: they
     start at one scale for all and no shift. No scale of theirs is below `floor`.
     """

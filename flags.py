@@ -92,7 +92,9 @@ def check_range(parser, args):
                     "width", "depth", "anneal", "test_points", "chains", "local_steps", "step_size", "flow_lr", "energy_width",
                     "mixing_rounds") and not value > 0:
             parser.error(f"{flag} must be positive, not {value}")
-        if name in ("warmup", "ema_decay", "target", "floor") and not 0 <= value < 1:
+        if name in ("warmup", "ema_decay", "target") and not 0 <= value < 1:
             parser.error(f"{flag} must lie in [0, 1), not {value}")
+        if name == "floor" and not (value == 0 or 1e-3 <= value < 1):
+            parser.error(f"{flag} must be 0 or lie in [0.001, 1), not {value}")
         if name in ("clip", "seed", "start_steps", "weight_decay", "noise") and not 0 <= value < 2**32:
             parser.error(f"{flag} must lie in [0, 2³²), not {value}")

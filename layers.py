@@ -323,12 +323,15 @@ class AffineCoupling(NonlinearLayer):
 
     `network` maps (B, C_a, …) to (B, 2 C_b, …), the halves being those of `tensor_split`; `swap` lets the
     second half decide. s < 1 keeps the score from blowing up; a linear layer can undo it. The inverse divides by s, and
-    score matching does not see what s is where no data are: with a `floor` in [0, 1) it stretches by 1 / floor at most.
-    x (B, C, …) -> y (B, C, …), (B,)      Source: Dinh et al., "RealNVP" (2017); Kingma and Dhariwal (2018).
+    score matching does not see what s is where no data are: a `floor` keeps that division from exploding.
+    x (B, C, …) -> y (B, C, …), (B,). Raises ValueError where `floor` is neither 0 nor in [0.001, 1).
+    Source: Dinh et al., "RealNVP" (2017); Kingma and Dhariwal (2018); the floor is ours.
     """
 
     def __init__(self, network, swap=False, floor=0.0):
         super().__init__()
+        if not (floor == 0 or 1e-3 <= floor < 1):  # below that, float32 has no second derivative of log s
+            raise ValueError(f"the floor must be 0 or lie in [0.001, 1), not {floor}")
         self.network = network
         self.swap = swap
         self.floor = floor
@@ -347,8 +350,9 @@ class AffineCoupling(NonlinearLayer):
 
     def _log_scale_and_shift(self, x_a):
         h, t = self.network(x_a).chunk(2, dim=1)
-        log_s = F.logsigmoid(h + 2)
-        return (torch.log(self.floor + (1 - self.floor) * log_s.exp()) if self.floor else log_s), t
+        if self.floor == 0:
+            return F.logsigmoid(h + 2), t  # where s itself underflows, too
+        return torch.log(self.floor + (1 - self.floor) * torch.sigmoid(h + 2)), t
 
     def forward(self, x):
         x_a, x_b = self._split(x)

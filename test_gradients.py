@@ -41,7 +41,7 @@ ARCHITECTURES = {
     "convolution": lambda: cnn_flow((1, 4, 4), kernel_size=3, blocks=2),
     "coupling": lambda: toy_flow(dim=3, blocks=2, width=6),
     "image coupling": image_coupling,
-    "glow": lambda: glow_flow((1, 4, 4), width=3, depth=2),
+    "glow": lambda: glow_flow((1, 4, 4), width=3, depth=2, floor=0.5),
 }
 PLANES = {  # the same on two-dimensional events, where a density can be integrated on a grid
     "fully-connected": lambda: fc_flow(2),

@@ -70,7 +70,7 @@ GLOW_MATCHED = GLOW | dict(lr=3e-4, normalize="center", floor=0.5, actnorm="mome
 DEFAULTS["glow"] = {
     "ml": GLOW,
     "sml": GLOW | dict(lr=3e-4, floor=0.5, model_samples=100),
-    "ssm": GLOW_MATCHED | dict(epochs=5, clip=100.0, noise=0.4),
+    "ssm": GLOW_MATCHED | dict(clip=100.0, noise=0.4),
     "dsm": GLOW_MATCHED | dict(sigma=0.4),
     "fdssm": GLOW_MATCHED | dict(noise=0.4, xi=1.0),
 }

@@ -5,7 +5,7 @@
 
 The chains run where the objective was applied, on the pre-processed images, and never see a determinant: an energy is
 enough. Each row is one chain: noise, then its state after 10, 100, 1,000 … Metropolis-adjusted steps; the last columns are
-exact draws x = g⁻¹(u). Writes results/generation-ARCH-LOSS.png and prints step size, acceptance and the energy along the way.
+exact draws x = g⁻¹(u). Writes results/generation-ARCH-LOSS.png and prints step size, acceptance and the energy along the way, of the draws and of test images.
 """
 
 import argparse
@@ -14,14 +14,14 @@ from pathlib import Path
 import torch
 from matplotlib.figure import Figure
 
-from data import MNIST, mnist
+from data import MNIST, dequantize, mnist
 from run import one_line_errors, save_picture
 from sampling import SamplingError, mala, tune
 from train_mnist import load
 
 
 def experiment(a):
-    train_set = mnist(a.data)[0]
+    train_set, _, test_set = mnist(a.data)
     args, pre, flow, image_model = load(a.run, train_set)
     torch.manual_seed(a.seed)
     x = torch.randn(a.chains, *flow.shape)
@@ -37,6 +37,7 @@ def experiment(a):
     exact = image_model.sample(4 * a.chains)
     with torch.no_grad():
         print(f"draws by g⁻¹   energy {flow.energy(pre(exact.clamp(0, 256))).mean():10.1f}")
+        print(f"test images    energy {flow.energy(pre(dequantize(test_set[:1000]).view(-1, *flow.shape))).mean():10.1f}")
     pictures = [pre.inverse(z).detach() for z in columns] + list(exact.chunk(4))
     titles = ["noise", *(f"{step:,} steps" for step in moments), *["g⁻¹(u)"] * 4]
     figure = Figure(figsize=(len(titles) * 0.95, a.chains), layout="constrained")

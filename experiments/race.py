@@ -4,7 +4,7 @@
 
 An image of n MNIST digits beside each other, drawn at random for every batch, has D = 784 n and is, in nats per digit, no easier to
 model than one: so the level to reach is the same for all D. All start from two matrices I on centred pixels with a last actnorm at the
-moments of what passes (`--actnorm moments`: W₂ could take it in; every tenth step moves it all the way) and train until the
+moments of what reaches it (`--actnorm moments`: W₂ could take it in; every tenth step moves it all the way) and train until the
 validation NLL is at the level. The clock stands still while a model is evaluated. Writes results/race-DEVICE.json after every run,
 and goes on from it; then results/race-DEVICE.png, and prints the rows of the README.
 """

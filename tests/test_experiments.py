@@ -330,7 +330,7 @@ def gradient_samples(flow, toy, loss):
 
 def test_the_actnorm_of_the_race_goes_all_the_way_to_the_moments(tmp_path, monkeypatch):
     momenta, initialize = [], EBFlow.initialize
-    monkeypatch.setattr(EBFlow, "initialize", lambda flow, x, momentum=1.0: momenta.append(momentum) or initialize(flow, x, momentum))
+    monkeypatch.setattr(EBFlow, "initialize", lambda flow, x, momentum, first: momenta.append(momentum) or initialize(flow, x, momentum, first))
     flags = ["--batch-size", "50", "--actnorm", "moments"]
     rivals.train("dsm", "center", flags, 20, 20, mnist(small_data_set(tmp_path)), torch.device("cpu"))
     assert momenta == [1.0] * len(momenta) and len(momenta) == 5  # at the start, twice in 20 steps, at the two evaluations
@@ -348,10 +348,13 @@ def test_runs_of_several_settings_stand_side_by_side(tmp_path, capsys):
     kl = [read_metrics(tmp_path / name)[-1]["test_kl"] for name in "abcd"]
     options = "--epochs 1{} --steps 5 --batch-size 50 --blocks 2 --width 8 --test-points 200"
     first, second, third = capsys.readouterr().out.splitlines()
-    assert set(first.split("`")[1].split()) == set(options.format("").split()) and f"| {kl[0]:.4f}, {kl[1]:.4f} |" in first
+    runs = json.loads((tmp_path / "depth.json").read_text())["runs"]
+    shares = [f"{run['kl_of_shares']:.4f}" for run in runs[1:]]
+    assert set(first.split("`")[1].split()) == set(options.format("").split()) and f"| {kl[0]:.4f}, {kl[1]:.4f} | –, {shares[0]} |" in first
+    assert "kl_of_shares" not in runs[0] and f"| {shares[1]} |" in second and f"| {shares[2]} |" in third
     assert set(second.split("`")[1].split()) == set(options.format(" --lr 0.01").split()) and f"| {kl[2]:.4f} |" in second
     assert third.startswith("| swirl | ml | ")  # and the picture has no sine by ml, and no swirl by fdssm
-    assert [run["kl"] for run in json.loads((tmp_path / "depth.json").read_text())["runs"]] == kl
+    assert [run["kl"] for run in runs] == kl
     assert (tmp_path / "depth.png").stat().st_size > 1000
     parsed = train_toy.parse(["--data", "sine", "--loss", "fdssm", *second.split("`")[1].split()])[0][0]
     assert all(getattr(parsed, name) == value for name, value in json.loads((tmp_path / "c" / "config.json").read_text()).items())
@@ -383,3 +386,4 @@ def test_the_kl_of_shares_is_that_of_the_masses_of_the_parts(monkeypatch):
     assert shares(board, lighter_on_the_right) == pytest.approx(math.log(9 / 8) / 2, abs=2e-3)
     assert shares(swirl, uniform) == pytest.approx(math.log(2) - 0.5, abs=0.01)
     assert abs(shares(swirl, swirl.sample)) < 5e-4
+    assert shares(board, lambda n: 0.1 * torch.randn(n, 2)) == math.inf  # six squares without a draw

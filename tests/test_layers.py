@@ -67,6 +67,8 @@ def test_a_coupling_s_floor_bounds_what_its_inverse_stretches():
         y, log_abs_det = coupling(x)
         s = floor + (1 - floor) * torch.sigmoid(h.double() + 2)
         assert torch.allclose(log_abs_det.double().exp(), s) and torch.allclose(y[:, 1].double(), s)
+        near = h.abs() < 1
+        assert torch.allclose(coupling.inverse(y)[near], x[near])
         stretched = coupling.inverse(x)[:, 1]
         assert stretched.max() <= 1 / 0.5 if floor else stretched.max() > 1e12
         assert log_abs_det.isfinite().all()
@@ -149,6 +151,8 @@ def test_a_singular_weight_is_an_error_that_names_the_layer():
     (lambda: EBFlow([Convolution(2, 3)], (2,)), "2 channels"),
     (lambda: EBFlow([layers.Conv1x1(2)], ()), "2 channels"),
     (lambda: EBFlow([layers.AffineCoupling(None)], (1,)), "two channels"),
+    (lambda: layers.AffineCoupling(None, floor=1.0), "floor"),
+    (lambda: layers.AffineCoupling(None, floor=1e-9), "floor"),
     (lambda: Squeeze().output_shape((2, 4)), "even H, W"),
     (lambda: Convolution(1, 4), "odd"),
     (lambda: SmoothLeakyReLU(alpha=0.0), "alpha must lie in"),

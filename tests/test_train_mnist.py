@@ -18,7 +18,7 @@ import torch
 from conftest import failing
 from ebflow import EBFlow, fc_flow, logit_preprocessing
 from data import dequantize, mnist
-from layers import ActNorm, LinearLayer, Squeeze
+from layers import ActNorm, AffineCoupling, LinearLayer, Squeeze
 from training import MovingAverage, learning_rate, make_optimizer, train_step, trainable
 from run import RunError
 from run import read_metrics as rows
@@ -201,6 +201,12 @@ def test_a_glow_starts_with_every_actnorm_giving_mean_0_and_variance_1(data):
     assert len(outputs) == 5 and off(outputs) < 0.1
 
 
+def test_the_couplings_of_a_glow_have_the_floor_of_its_settings(data):
+    for flags, floor in ((["--loss", "ml"], 0.0), (["--loss", "dsm"], 0.5), (["--loss", "ml", "--floor", "0.3"], 0.3)):
+        flow = build(parse(["--arch", "glow", "--width", "4", "--depth", "2", *flags]), mnist(data)[0])[1]
+        assert [m.floor for m in flow.modules() if isinstance(m, AffineCoupling)] == 4 * [floor]
+
+
 @pytest.mark.parametrize("actnorm", ["moments", "trained"])
 def test_a_glow_s_last_actnorm_goes_to_the_moments_as_batches_pass_where_it_is_held_and_no_other_does(data, actnorm):
     images = mnist(data)[0]
@@ -282,7 +288,7 @@ def test_a_batch_without_moments_and_a_run_of_other_images_are_one_line(data, tm
         load(tmp_path / "run", torch.zeros(10, 1, 8, 8, dtype=torch.uint8))
 
 
-def test_a_glow_with_actnorms_at_their_moments_resumes_exactly(data, tmp_path, monkeypatch):
+def test_a_glow_with_its_last_actnorm_at_the_moments_resumes_exactly(data, tmp_path, monkeypatch):
     flags = ["--arch", "glow", "--width", "4", "--depth", "2", "--epochs", "4", "--actnorm", "moments"]
     main(arguments(data, tmp_path / "whole", *flags))
     with monkeypatch.context() as patched:
@@ -397,7 +403,7 @@ def test_control_c_is_one_line_and_the_run_can_go_on(data, tmp_path):
     (["--loss", "mle"], "invalid choice"), (["--sigma", "1", "--loss", "ml"], "--sigma is not a setting of fc ml"),
     (["--sigma", "-1"], "--sigma must be positive"), (["--ema-decay", "1"], r"must lie in [0, 1)"),
     (["--epoch", "1", "--no-such"], "unrecognized arguments: --no-such"), (["--lr", "nan"], "--lr must be a finite number"), (["--clip", "-1"], "--clip must lie in"),
-    (["--seed", "-1"], "--seed must lie in"), (["--resume", "--overwrite"], "not allowed with"),
+    (["--seed", "-1"], "--seed must lie in"), (["--arch", "glow", "--floor", "1"], "--floor must be 0 or lie in"), (["--resume", "--overwrite"], "not allowed with"),
     (["--batch-size", "1000"], "do not fill a batch"), (["--data", "/nowhere"], "no train-images-idx3-ubyte.gz"),
     (["--out", "/dev/null/run"], "cannot write to"), (["--optimizer", "sgd"], "invalid choice")])
 def test_bad_options_are_one_line(data, tmp_path, capsys, flags, message):
