@@ -89,8 +89,8 @@ def dsm(energy, x, sigma, noise=None, pooled=False):
         noise = torch.randn_like(x)
     x_noisy = x + sigma * noise
     if pooled:
-        squares = (x_noisy[:, None] - x).flatten(2).square().sum(2)  # (B, B), by way of (B, B, D)
-        w = torch.softmax(-squares / (2 * sigma**2), dim=1)
+        products = x_noisy.flatten(1) @ x.flatten(1).T  # (B, B); ‖x̃‖² is one number in each row, and w does not change with it
+        w = torch.softmax((products - 0.5 * _dot(x, x)) / sigma**2, dim=1)
         noise = (x_noisy - (w @ x.flatten(1)).view_as(x)) / sigma
     _, grad = _grad(energy, x_noisy)
     residual = grad - noise / sigma
