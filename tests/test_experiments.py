@@ -15,7 +15,7 @@ import train_toy
 from ebflow import EBFlow, fc_flow, toy_flow
 from experiments import ablation, depth, determinant, generation, gradient_variance, imputation, linear_masks, race, rivals
 from experiments.toys import interval
-from data import TOYS, mnist
+from data import TOYS, dequantize, mnist
 from layers import FullyConnected
 from run import RunError, read_metrics
 from test_data import small_data_set, write_idx
@@ -72,7 +72,10 @@ def test_imputation_and_generation_run_on_a_trained_model(tmp_path, capsys, arch
     assert errors["mean of draws"] < errors["training mean"] and errors["mean of draws"] < errors["one draw"]
     generation.main([*shared, "--chains", "3", "--steps", "60"])
     assert (tmp_path / f"generation-{arch}-{loss}.png").stat().st_size > 1000
-    assert "acceptance" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    args, pre, flow, _ = train_mnist.load(tmp_path / "run", mnist(data)[0])
+    energy = flow.energy(pre(dequantize(mnist(data)[2]).view(-1, *flow.shape))).mean().item()
+    assert "acceptance" in printed and float(printed.split("test images    energy")[1]) == pytest.approx(energy, rel=0.1)
 
 
 @pytest.mark.parametrize("main", [imputation.main, generation.main])
