@@ -34,7 +34,7 @@ def kl_of_shares(toy, flow, n=200_000, parts=20):
     for the noise of the draws. inf where the flow has no draw in a part that truth has.
     """
     center = toy.center.float()
-    part = torch.arange(len(center)) * min(parts, len(center)) // len(center)  # of each square, or node of the curve
+    part = torch.arange(len(center)) * parts // len(center)  # of each square, or node of the curve
     torch.manual_seed(0)
     p, q = (part[torch.cdist(x, center).argmin(1)].bincount(minlength=int(part[-1]) + 1).double() / n
             for x in (toy.sample(n), flow.sample(n)))
