@@ -93,12 +93,11 @@ class EBFlow(nn.Module):
         return self.inverse(torch.randn(n, *self.shapes[-1], device=like.device, dtype=like.dtype))
 
     @torch.no_grad()
-    def initialize(self, x, momentum=1.0, first=0):
-        """Data-dependent start: hands each linear layer, from number `first` on, the batch that reaches it (see ActNorm)."""
-        for i, layer in enumerate(self.layers):
+    def initialize(self, x):
+        """Data-dependent start: hands each linear layer the batch that reaches it (see ActNorm)."""
+        for layer in self.layers:
             if isinstance(layer, LinearLayer):
-                if i >= first:
-                    layer.initialize(x, momentum)
+                layer.initialize(x)
                 x = layer(x)
             else:
                 x = layer(x)[0]

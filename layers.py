@@ -28,7 +28,7 @@ class LinearLayer(nn.Module):
     def output_shape(self, shape):
         return shape
 
-    def initialize(self, x, momentum=1.0):
+    def initialize(self, x):
         """A data-dependent start, from the batch that reaches the layer; most have none."""
 
 
@@ -413,8 +413,8 @@ class Part:
 
 class LinearPart(Part, LinearLayer):
 
-    def initialize(self, x, momentum=1.0):
-        self.layer.initialize(x[:, :self.channels], momentum)
+    def initialize(self, x):
+        self.layer.initialize(x[:, :self.channels])
 
     def forward(self, x):
         return torch.cat([self.layer(x[:, :self.channels]), x[:, self.channels:]], dim=1)

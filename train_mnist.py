@@ -9,6 +9,7 @@ every batch (processes.py).
 """
 
 import argparse
+import contextlib
 import hashlib
 import math
 from pathlib import Path
@@ -136,7 +137,8 @@ def build(args, images):
     if args.actnorm != "none":
         if args.arch != "glow":
             flow = EBFlow([*flow.layers, ActNorm(flow.shapes[-1][0])], shape)
-        hold(flow, pre(dequantize(images[:1000].view(-1, *shape))), first=0)
+        with constant_channels_named():
+            flow.initialize(pre(dequantize(images[:1000].view(-1, *shape))))
         flow.layers[-1].requires_grad_(not moments_are_held(args))
     return pre, flow, EBFlow([*pre.layers, *flow.layers], shape)
 
@@ -184,11 +186,18 @@ def moments_are_held(args):
     return args.actnorm == "moments"
 
 
-def hold(model, x, momentum=1.0, first=None):
-    """The last layer, or all from number `first` on, go to the moments of what reaches them, or the fraction `momentum` of the way."""
+@torch.no_grad()
+def hold(model, x, momentum=1.0):
+    """The last layer, an actnorm, goes to the moments of what reaches it, or the fraction `momentum` of the way."""
+    with constant_channels_named():
+        model.layers[-1].initialize(EBFlow(model.layers[:-1], model.shape)(x), momentum)
+
+
+@contextlib.contextmanager
+def constant_channels_named():
     try:
-        model.initialize(x, momentum, len(model.layers) - 1 if first is None else first)
-    except ValueError as error:  # of a batch with a constant channel
+        yield
+    except ValueError as error:
         raise RunError(f"{error}, or take another --actnorm") from None
 
 

@@ -16,7 +16,7 @@ from ebflow import EBFlow, fc_flow, toy_flow
 from experiments import ablation, depth, determinant, generation, gradient_variance, imputation, linear_masks, race, rivals
 from experiments.toys import interval
 from data import TOYS, dequantize, mnist
-from layers import FullyConnected
+from layers import ActNorm, FullyConnected
 from run import RunError, read_metrics
 from test_data import small_data_set, write_idx
 
@@ -332,8 +332,8 @@ def gradient_samples(flow, toy, loss):
 
 
 def test_the_actnorm_of_the_race_goes_all_the_way_to_the_moments(tmp_path, monkeypatch):
-    momenta, initialize = [], EBFlow.initialize
-    monkeypatch.setattr(EBFlow, "initialize", lambda flow, x, momentum, first: momenta.append(momentum) or initialize(flow, x, momentum, first))
+    momenta, initialize = [], ActNorm.initialize
+    monkeypatch.setattr(ActNorm, "initialize", lambda layer, x, momentum=1.0: momenta.append(momentum) or initialize(layer, x, momentum))
     flags = ["--batch-size", "50", "--actnorm", "moments"]
     rivals.train("dsm", "center", flags, 20, 20, mnist(small_data_set(tmp_path)), torch.device("cpu"))
     assert momenta == [1.0] * len(momenta) and len(momenta) == 5  # at the start, twice in 20 steps, at the two evaluations

@@ -264,10 +264,10 @@ def test_a_glow_without_actnorms_is_one_line(data, tmp_path, capsys):
 
 def test_one_batch_in_ten_moves_the_last_actnorm(data, monkeypatch):
     momenta = []
-    monkeypatch.setattr(EBFlow, "initialize", lambda flow, x, momentum, first: momenta.append((momentum, first)))
-    args = parse(["--arch", "glow", "--loss", "ssm"])
-    assert len(list(following(args, EBFlow([Squeeze(), ActNorm(4)], (1, 2, 2)), torch.ones(25, 2, 1, 2, 2)))) == 25
-    assert momenta == 3 * [(0.1, 1)]
+    monkeypatch.setattr(ActNorm, "initialize", lambda layer, x, momentum: momenta.append((layer, momentum)))
+    args, flow = parse(["--arch", "glow", "--loss", "ssm"]), EBFlow([ActNorm(1), Squeeze(), ActNorm(4)], (1, 2, 2))
+    assert len(list(following(args, flow, torch.ones(25, 2, 1, 2, 2)))) == 25
+    assert momenta == 3 * [(flow.layers[-1], 0.1)]
 
 
 def test_the_averaged_weights_have_a_last_actnorm_at_their_own_moments(data, tmp_path):
