@@ -14,8 +14,9 @@ from run import RunError
 OPTIMIZATION = dict(
     optimizer="adam",
     weight_decay=0.0,    # of Adam
-    schedule="cosine",   # rises over the first `warmup` of the run, then falls to 0; or the published "steps",
+    schedule="cosine",   # rises over the first `warmup` of the run, and from `hold` on falls to 0; or the published "steps",
     warmup=0.05,
+    hold=0.0,
     decay=0.95,          # × this after each of the first 49 epochs
     clip=0.0,            # largest norm of the gradient; 0: any
     ema_decay=0.999,     # θ̃ ← mθ̃ + (1-m)θ after each step
@@ -53,9 +54,14 @@ def add_run_flags(parser):
     existing.add_argument("--overwrite", action="store_true", help="replace the run in --out")
 
 
+def add_compile_flag(parser):
+    """Of the scripts whose steps are those of `training.py: gradient_of`."""
+    parser.add_argument("--compile", action="store_true", help="compile the gradient (torch.compile): worth it in long runs")
+
+
 def configuration(args):
-    """What decides the result: the settings, but not the folder or the device."""
-    return {k: v for k, v in vars(args).items() if k not in ("out", "device", "resume", "overwrite")}
+    """What decides the result: the settings, but not the folder, the device, or whether the gradient is compiled."""
+    return {k: v for k, v in vars(args).items() if k not in ("out", "device", "compile", "resume", "overwrite")}
 
 
 def add_settings(parser, tables):
@@ -92,7 +98,7 @@ def check_range(parser, args):
                     "width", "depth", "anneal", "test_points", "chains", "local_steps", "step_size", "flow_lr", "energy_width",
                     "mixing_rounds") and not value > 0:
             parser.error(f"{flag} must be positive, not {value}")
-        if name in ("warmup", "ema_decay", "target") and not 0 <= value < 1:
+        if name in ("warmup", "hold", "ema_decay", "target") and not 0 <= value < 1:
             parser.error(f"{flag} must lie in [0, 1), not {value}")
         if name == "floor" and not (value == 0 or 1e-3 <= value < 1):
             parser.error(f"{flag} must be 0 or lie in [0.001, 1), not {value}")

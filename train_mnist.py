@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 import processes
 from data import MNIST, DataError, dequantize, mnist
 from ebflow import EBFlow, cnn_flow, fc_flow, glow_flow, logit_preprocessing
-from flags import OPTIMIZATION, add_run_flags, add_settings, configuration, pick_device, with_settings
+from flags import OPTIMIZATION, add_compile_flag, add_run_flags, add_settings, configuration, pick_device, with_settings
 from layers import ActNorm, FullyConnected
 from run import Run, RunError, curves, one_line_errors, read_checkpoint
 from training import MovingAverage, fast_matmul, fit, make_optimizer, trainable
@@ -314,6 +314,7 @@ def parse(argv=None):
     parser.add_argument("--data", default=MNIST, type=Path, help="directory of the IDX files")
     parser.add_argument("--out", type=Path, help="directory of the run (runs/mnist-ARCH-LOSS)")
     add_run_flags(parser)
+    add_compile_flag(parser)
     tables = [settings for by_loss in DEFAULTS.values() for settings in by_loss.values()]
     add_settings(parser, tables)
     args = parser.parse_args(argv)

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 
 from data import TOYS, Toy
 from ebflow import toy_flow
-from flags import OPTIMIZATION, add_run_flags, add_settings, configuration, pick_device, with_settings
+from flags import OPTIMIZATION, add_compile_flag, add_run_flags, add_settings, configuration, pick_device, with_settings
 from run import Run, RunError, curves, image, lattice, one_line_errors, read_checkpoint, save_picture
 from training import MovingAverage, fit, make_optimizer, trainable
 
@@ -40,7 +40,8 @@ DEFAULTS = {
     "ml": COMMON,
     "sml": COMMON | dict(model_samples=512),
     "ssm": SCORE_MATCHING,
-    "dsm": SCORE_MATCHING | dict(targets="pooled"),  # or each point its "own" (see `losses.dsm`)
+    "dsm": SCORE_MATCHING | dict(targets="pooled",   # or each point its "own" (see `losses.dsm`)
+                                 anneal=0.7, hold=0.5),
     "fdssm": SCORE_MATCHING | dict(xi=0.2),
 }
 BY_TOY = {"sine": dict(start_smoothing=2.0, anneal=0.5)}  # it does not wind, and can follow a faster fall
@@ -48,13 +49,13 @@ BY_TOY = {"sine": dict(start_smoothing=2.0, anneal=0.5)}  # it does not wind, an
 
 def train(args):
     """One objective on one toy.   -> the flow of the best epoch, and its row of the table"""
-    device = pick_device(args.device)
+    device, dtype = pick_device(args.device), torch.float64 if args.double else torch.get_default_dtype()
     toy = TOYS[args.data]()
     torch.manual_seed(args.seed)
-    flow = toy_flow(blocks=args.blocks, width=args.width).to(device)
-    flow.initialize(toy.sample(2000, device, args.start_smoothing))
+    flow = toy_flow(blocks=args.blocks, width=args.width).to(device, dtype)
+    flow.initialize(toy.sample(2000, device, args.start_smoothing).to(dtype))
     run = Run(args.out, configuration(args), args.resume, args.overwrite)
-    val, test = (truth(toy, n, seed, device) for n, seed in ((args.test_points // 4, -1), (args.test_points, -2)))
+    val, test = (truth(toy, n, seed, device, dtype) for n, seed in ((args.test_points // 4, -1), (args.test_points, -2)))
 
     args.sigma = torch.empty((), dtype=torch.float64, device=device)  # a tensor, which a CUDA graph reads anew
 
@@ -62,7 +63,7 @@ def train(args):
         for step in range(args.steps):
             std = smoothing(args, (epoch - 1 + step / args.steps) / args.epochs)
             args.sigma.fill_(std)  # dsm sees the bare points and adds the noise itself: its minimiser is p, too
-            yield toy.sample(args.batch_size, device, 0.0 if args.loss == "dsm" else std)
+            yield toy.sample(args.batch_size, device, 0.0 if args.loss == "dsm" else std).to(dtype)
 
     best = fit(args, run, flow, MovingAverage(flow, args.ema_decay), make_optimizer(args, trainable(flow)), seen=flow,
                minibatches=minibatches, steps=args.steps, evaluate=lambda model: divergences("val", model, *val))
@@ -97,10 +98,10 @@ def smoothing(args, progress):
     return Toy.smoothing * (args.start_smoothing / Toy.smoothing) ** max(0.0, 1 - progress / args.anneal)
 
 
-def truth(toy, n, seed, device):
+def truth(toy, n, seed, device, dtype=None):
     """Fresh points of the toy with log p and its score, the same at every call.   -> (n, 2), (n,), (n, 2)"""
     torch.manual_seed(seed)  # none that training uses
-    x = toy.sample(n, device)
+    x = toy.sample(n, device).to(dtype)
     return x, toy.log_prob(x), toy.score(x)
 
 
@@ -155,7 +156,7 @@ def grid(cells, toys, objectives):
                 axes.axis("off")
                 continue
             flow, row = cells[name, loss]
-            image(axes, lambda x: flow.log_prob(x).exp(), x.to(next(flow.parameters()).device), vmin=0, vmax=top)
+            image(axes, lambda x: flow.log_prob(x).exp(), x.to(next(flow.parameters())), vmin=0, vmax=top)
             axes.set_title(f"{loss}: KL {row['test_kl']:.4f}", fontsize="small")
     return figure
 
@@ -180,6 +181,8 @@ def parse(argv=None):
     parser.add_argument("--loss", choices=[*DEFAULTS, "all"], default="dsm")
     parser.add_argument("--out", type=Path, help="directory of the run (runs/toy-DATA-LOSS); of several, DIR/DATA-LOSS")
     add_run_flags(parser)
+    add_compile_flag(parser)
+    parser.add_argument("--double", action="store_true", help="compute in float64")
     add_settings(parser, DEFAULTS.values())
     args = parser.parse_args(argv)
     toys = list(TOYS) if args.data == "all" else [args.data]

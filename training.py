@@ -44,15 +44,16 @@ def train_step(args, model, x, optimizer):
 
 def update(args, loss, optimizer):
     """One step of the optimizer down the loss.   -> the loss and the norm of its gradient, () each"""
-    return descend(args, backward(loss, optimizer), optimizer)
+    return descend(args, backward(loss, optimizer.param_groups[0]["params"]), optimizer)
 
 
-def backward(loss, optimizer):
-    """Leaves the gradient of the loss in the optimizer's parameters.   -> the loss, ()"""
-    optimizer.zero_grad()
+def backward(loss, parameters):
+    """Leaves the gradient of the loss in the parameters.   -> the loss, ()"""
+    for p in parameters:
+        p.grad = None
     # `inputs`: the noisy image is a leaf as well, and would be given a gradient that nobody reads. `backward`, not
     # `autograd.grad`: it lays the gradients out as the weights are, and fused Adam on a CPU takes that for granted.
-    loss.backward(inputs=optimizer.param_groups[0]["params"])
+    loss.backward(inputs=parameters)
     return loss.detach()
 
 
@@ -108,25 +109,51 @@ class Graphed:
         self.graph, self.gradients = graph, [p.grad for p in self.parameters]
 
 
+def compiled(function):
+    """The function as torch.compile makes it: its element-wise operations are fused, and python is not asked between them.
+
+    It may take gradients, of any order. Random numbers are those of the function itself. What it is called with may not
+    change its shape. Raises RunError at the first call where there is no compiler.
+    """
+    torch._dynamo.config.trace_autograd_ops = True  # the ∇_x of the score is taken inside
+    function = torch.compile(function, fullgraph=True, dynamic=False, isolate_recompiles=True, options={"fallback_random": True})
+
+    def call(x):
+        try:
+            return function(x)
+        except torch._inductor.exc.InductorError as error:
+            raise RunError(f"torch.compile failed ({str(error).splitlines()[0]}): leave out --compile, or install a C++ compiler") from None
+
+    return call
+
+
 def gradient_of(args, model, optimizer, graphed=None):
     """(B, …) -> (): the objective of a batch, whose gradient is left in the parameters.
 
     `graphed`, by default on a GPU, it is recorded (`Graphed`) as far as it does not wait for the GPU, as log Z does, which looks
     whether its determinants are finite: score matching as a whole, of `ml` the energy, to whose gradient that of log Z is
-    added, and `sml`, which draws by g⁻¹, not at all.
+    added, and `sml`, which draws by g⁻¹, not at all. With --compile the same parts are `compiled` on a CPU.
     """
     parameters = optimizer.param_groups[0]["params"]
     if graphed is None:
         graphed = parameters[0].is_cuda
+    if args.compile and parameters[0].is_cuda:
+        raise RunError("--compile is for a CPU: leave it out, a GPU replays the gradient as a graph")
 
     def whole(x):
-        return backward(objective(args, model, x), optimizer)
+        return backward(objective(args, model, x), parameters)
 
-    if args.loss == "sml" or args.loss == "ml" and not graphed:
+    def energy(x):
+        return backward(model.energy(x[processes.share(len(x))]).mean(), parameters)
+
+    def fast(function):
+        return compiled(function) if args.compile else Graphed(function, parameters)
+
+    if args.loss == "sml" or args.loss == "ml" and not (graphed or args.compile):
         return whole
     if args.loss != "ml":
-        return Graphed(whole, parameters)
-    energy = Graphed(lambda x: backward(model.energy(x[processes.share(len(x))]).mean(), optimizer), parameters)
+        return fast(whole)
+    energy = fast(energy)
 
     def in_two_parts(x):
         loss, log_z = energy(x), model.log_z()
@@ -257,7 +284,8 @@ def learning_rate(args, epoch, progress):
     if args.schedule == "steps":  # as published
         return args.lr * args.decay ** min(epoch - 1, 49)
     rise = min(1.0, progress / args.warmup) if args.warmup else 1.0
-    return args.lr * rise * 0.5 * (1 + math.cos(math.pi * progress))
+    fall = max(0.0, (progress - args.hold) / (1 - args.hold))
+    return args.lr * rise * 0.5 * (1 + math.cos(math.pi * fall))
 
 
 def check_finite(args, trace, epoch):

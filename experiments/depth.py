@@ -2,10 +2,12 @@
 
     python train_toy.py --data swirl --loss dsm --blocks 20 --epochs 80
     python -m experiments.depth runs/toy-swirl-dsm [another run ...]
+    python -m experiments.depth --add runs/toy-swirl-ssm [another run ...]
 
 Writes results/depth.json, and results/depth.png with a row for each density and a column for each objective: of those runs that
 still have their checkpoint the first, in the order that they are given. Prints the rows of the README, one figure for each seed: KL and
-Fisher divergence as the run measured them, and how much of KL is in the shares of the mass alone (`kl_of_shares`).
+Fisher divergence as the run measured them, and how much of KL is in the shares of the mass alone (`kl_of_shares`). With --add the runs that
+are in results/depth.json stay, and the picture as it is.
 """
 
 import argparse
@@ -66,8 +68,10 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("runs", type=Path, nargs="+", help="directories of runs of train_toy.py")
     parser.add_argument("--results", type=Path, default=Path("results"))
+    parser.add_argument("--add", action="store_true", help="to the runs of results/depth.json")
     a = parser.parse_args(argv)
-    with one_line_errors(OSError):
+    with one_line_errors(OSError, ValueError):
+        before = json.loads((a.results / "depth.json").read_text())["runs"] if a.add else []
         runs = [read(directory) for directory in a.runs]
         cells = {}
         for run, directory in zip(runs, a.runs):
@@ -76,8 +80,9 @@ def main(argv=None):
                 run["kl_of_shares"] = kl_of_shares(train_toy.TOYS[run["data"]](), flow)
                 cells.setdefault((run["data"], run["loss"]), (flow, {"test_kl": run["kl"]}))
         a.results.mkdir(exist_ok=True)
+        runs = sorted(before + runs, key=lambda run: (list(train_toy.TOYS).index(run["data"]), list(train_toy.DEFAULTS).index(run["loss"])))
         record(a.results / "depth.json", {"command": "python -m experiments.depth", "runs": runs})
-        if cells:
+        if cells and not a.add:
             toys, objectives = ([name for name in names if any(name in key for key in cells)] for names in (train_toy.TOYS, train_toy.DEFAULTS))
             save_picture(a.results / "depth.png", train_toy.grid(cells, toys, objectives))
         print("\n".join(rows(runs)))

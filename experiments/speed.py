@@ -1,14 +1,16 @@
 """Batches per second of every objective, and how far a step is from the matrix products that it must do.
 
     python -m experiments.speed
-    python -m experiments.speed --arch cnn
+    python -m experiments.speed --arch cnn --compile
+    python -m experiments.speed --arch toy --compile
 
 A step is everything that training does for one batch: indexing, dequantisation, pre-processing, objective,
 gradient, optimiser, moving average. The floor of --arch fc is the number of products of a (batch × D) with a (D × D) matrix
 in it, as torch's own counter of operations finds them, times the time of one such product in the same run. The
 floor leaves out determinants and solves; `ml` and `sml` cannot do without. Nor is the time in it that the norm of the gradient,
 the optimiser and the moving average take to read and write every weight, which is printed beside it. The steps are
-interleaved, so that a slow moment of the machine hits all of them, and the medians are printed.
+interleaved, so that a slow moment of the machine hits all of them, and the medians are printed; with --compile also those of
+compiled steps, and of --arch toy, the flow in the plane, of steps in float64.
 """
 
 import argparse
@@ -19,7 +21,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from data import MNIST, mnist
+import train_toy
+from data import MNIST, TOYS, mnist
+from ebflow import toy_flow
 from train_mnist import DEFAULTS, LOSSES, build, minibatch, parse
 from training import Graphed, MovingAverage, descend, fast_matmul, gradient_of, make_optimizer, trainable
 
@@ -51,10 +55,10 @@ def timed(function, device):
     return time.perf_counter() - start
 
 
-def training_step(loss, images, batch_size, device, arch="fc"):
+def training_step(loss, images, batch_size, device, arch="fc", *flags):
     """A function that does one whole step on random images of the training split, and one that does its passes over the weights."""
     samples = ["--model-samples", str(batch_size)] if loss == "sml" else []
-    a = parse(["--arch", arch, "--loss", loss, "--batch-size", str(batch_size), "--normalize", "center", *samples])
+    a = parse(["--arch", arch, "--loss", loss, "--batch-size", str(batch_size), "--normalize", "center", *samples, *flags])
     pre, flow, image_model = (part.to(device) for part in build(a, images[:2000]))
     train_set = images.view(len(images), *flow.shape).to(device)
     optimizer = make_optimizer(a, trainable(flow))
@@ -75,6 +79,22 @@ def training_step(loss, images, batch_size, device, arch="fc"):
     return step, passes
 
 
+def toy_step(loss, batch_size, device, dtype, *flags):
+    """A function that does one whole step on fresh points of the swirl."""
+    (a,), _ = train_toy.parse(["--data", "swirl", "--loss", loss, *flags])
+    a.sigma = torch.tensor(a.start_smoothing, device=device)
+    flow = toy_flow().to(device, dtype)
+    optimizer = make_optimizer(a, trainable(flow))
+    average = MovingAverage(flow, a.ema_decay)
+    gradient = gradient_of(a, flow, optimizer)
+
+    def step():
+        descend(a, gradient(TOYS["swirl"]().sample(batch_size, device).to(dtype)), optimizer)
+        average.update()
+
+    return step
+
+
 def count(loss, images, batch_size):
     """Products of a (batch × D) with a (D × D) matrix in a step of the fully-connected flow, on a CPU: what a GPU replays is not counted."""
     step, _ = training_step(loss, images, batch_size, torch.device("cpu"))
@@ -83,46 +103,59 @@ def count(loss, images, batch_size):
     return counter.flops / (2 * batch_size * images[0].numel() ** 2)
 
 
+def interleaved(functions, repeats, device):
+    """The median time of each function, in seconds.   {name: ()} -> {name: float}"""
+    times = {name: [] for name in functions}
+    for function in functions.values():
+        function()  # the first one is slower
+    for _ in range(repeats):
+        for name, function in functions.items():
+            times[name].append(timed(function, device))
+    return {name: statistics.median(t) for name, t in times.items()}
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--arch", choices=list(DEFAULTS), default="fc")
-    parser.add_argument("--batch-size", type=int, default=100)
+    parser.add_argument("--arch", choices=[*DEFAULTS, "toy"], default="fc")
+    parser.add_argument("--batch-size", type=int, help="100, of the toys 512")
     parser.add_argument("--repeats", type=int, default=60)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--compile", action="store_true", help="time compiled steps, too")
     a = parser.parse_args(argv)
-    device = torch.device(a.device)
-    images = mnist(MNIST)[0]
-    D = images[0].numel()
-    x, W = torch.randn(a.batch_size, D, device=device), torch.randn(D, D, device=device)
-    steps = {loss: training_step(loss, images, a.batch_size, device, a.arch) for loss in LOSSES}
-    passes = steps["dsm"][1]  # the same for all
-    steps = {loss: step for loss, (step, _) in steps.items()}
-    products = {loss: count(loss, images, a.batch_size) for loss in LOSSES} if a.arch == "fc" else {}
-    ten = Graphed(lambda x: [x @ W for _ in range(10)])
-    times = {name: [] for name in ("product", "passes", *steps)}
-    for step in steps.values():
-        step()  # the first one is slower
-    with fast_matmul("dsm"):
-        ten(x)
-    for _ in range(a.repeats):
-        with fast_matmul("dsm"):
-            times["product"].append(timed(lambda: ten(x), device) / 10)
-        for loss, step in steps.items():
-            times[loss].append(timed(step, device))
-        times["passes"].append(timed(passes, device))
-    median = {name: statistics.median(t) for name, t in times.items()}
-    if a.arch != "fc":
-        print("objective  batches/s  step (ms)")
-        for loss in steps:
-            print(f"{loss:9}  {1 / median[loss]:9.1f}  {1e3 * median[loss]:9.2f}")
-        return
-    print(f"one product of {a.batch_size}×{D} with {D}×{D}: {1e3 * median['product']:.3f} ms, {torch.get_num_threads()} threads; "
-          f"gradient norm, optimiser and moving average: {1e3 * median['passes']:.2f} ms")
-    print("objective  batches/s  step (ms)  products  floor (ms)  step / floor")
-    for loss in steps:
-        floor = products[loss] * median["product"]
-        print(f"{loss:9}  {1 / median[loss]:9.1f}  {1e3 * median[loss]:9.2f}  {products[loss]:8.1f}  {1e3 * floor:10.2f}"
-              f"  {median[loss] / floor:12.2f}")
+    device, toys = torch.device(a.device), a.arch == "toy"
+    batch_size = a.batch_size or (512 if toys else 100)
+    variants = {"": [], **({"compiled": ["--compile"]} if a.compile else {})}
+    if toys:
+        steps = {(loss, variant): toy_step(loss, batch_size, device, torch.float32, *flags)
+                 for loss in LOSSES for variant, flags in variants.items()}
+        steps |= {(loss, "float64"): toy_step(loss, batch_size, device, torch.float64) for loss in LOSSES}
+    else:
+        images = mnist(MNIST)[0]
+        D = images[0].numel()
+        x, W = torch.randn(batch_size, D, device=device), torch.randn(D, D, device=device)
+        ten = Graphed(lambda x: [x @ W for _ in range(10)])
+
+        def products():
+            with fast_matmul("dsm"):
+                ten(x)
+
+        both = {(loss, variant): training_step(loss, images, batch_size, device, a.arch, *flags)
+                for loss in LOSSES for variant, flags in variants.items()}
+        steps = {name: step for name, (step, _) in both.items()} | {"ten products": products, "passes": both["dsm", ""][1]}  # the same for all
+    median = interleaved(steps, a.repeats, device)
+
+    print(f"{torch.get_num_threads()} threads, batch size {batch_size}")
+    names = [name for name in (*variants, "float64") if ("dsm", name) in median]
+    floor = {}
+    if a.arch == "fc":
+        product = median["ten products"] / 10
+        print(f"one product of {batch_size}×{D} with {D}×{D}: {1e3 * product:.3f} ms; "
+              f"gradient norm, optimiser and moving average: {1e3 * median['passes']:.2f} ms")
+        floor = {loss: count(loss, images, batch_size) * product for loss in LOSSES}
+    print("objective" + "".join(f"{name:>10}  batches/s  step (ms)" + "  step / floor" * bool(floor) for name in names))
+    for loss in LOSSES:
+        print(f"{loss:9}" + "".join(f"{1 / median[loss, name]:21.1f}  {1e3 * median[loss, name]:9.2f}"
+                                    + (f"  {median[loss, name] / floor[loss]:12.2f}" if floor else "") for name in names))
 
 
 if __name__ == "__main__":

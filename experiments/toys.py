@@ -41,10 +41,12 @@ def main(argv=None):
     parser.add_argument("--seeds", type=int, default=3, choices=range(1, 6))
     parser.add_argument("--runs", type=Path, default=Path("runs"))
     parser.add_argument("--results", type=Path, default=Path("results"))
+    parser.add_argument("--compile", action="store_true", help="compile the gradients")
     a = parser.parse_args(argv)
     directories = [a.runs / f"toys-{seed}" for seed in range(a.seeds)]
     for seed, directory in enumerate(directories):
-        train_toy.main(["--data", "all", "--loss", "all", "--seed", str(seed), "--out", str(directory), "--resume"])
+        train_toy.main(["--data", "all", "--loss", "all", "--seed", str(seed), "--out", str(directory), "--resume",
+                        *["--compile"] * a.compile])
 
     table = []
     for toy in train_toy.TOYS:
@@ -57,7 +59,7 @@ def main(argv=None):
             table.append(row)
     a.results.mkdir(exist_ok=True)
     shutil.copy(directories[0] / "grid.png", a.results / "toys.png")
-    result = {"command": f"python -m experiments.toys --seeds {a.seeds}", "rows": table,
+    result = {"command": f"python -m experiments.toys --seeds {a.seeds}" + " --compile" * a.compile, "rows": table,
               "machine": machine()}
     record(a.results / "toys.json", result)
     print("\n".join(rows(table)))

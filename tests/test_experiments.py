@@ -359,6 +359,10 @@ def test_runs_of_several_settings_stand_side_by_side(tmp_path, capsys):
     assert third.startswith("| swirl | ml | ")  # and the picture has no sine by ml, and no swirl by fdssm
     assert [run["kl"] for run in runs] == kl
     assert (tmp_path / "depth.png").stat().st_size > 1000
+    picture = (tmp_path / "depth.png").read_bytes()
+    depth.main(["--add", directories[1], "--results", str(tmp_path)])
+    assert [run["kl"] for run in json.loads((tmp_path / "depth.json").read_text())["runs"]] == [*kl[:3], kl[1], kl[3]]  # by density
+    assert (tmp_path / "depth.png").read_bytes() == picture
     parsed = train_toy.parse(["--data", "sine", "--loss", "fdssm", *second.split("`")[1].split()])[0][0]
     assert all(getattr(parsed, name) == value for name, value in json.loads((tmp_path / "c" / "config.json").read_text()).items())
     with pytest.raises(SystemExit) as exit:

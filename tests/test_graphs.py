@@ -1,4 +1,8 @@
-"""A gradient that a GPU replays as a CUDA graph is the gradient."""
+"""A gradient that a GPU replays as a CUDA graph is the gradient, and so is one that is compiled."""
+
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -7,6 +11,7 @@ import train_mnist
 import train_toy
 import training
 from ebflow import cnn_flow, fc_flow, glow_flow, toy_flow
+from run import RunError
 from training import Graphed, backward, descend, gradient_of, make_optimizer, objective, trainable
 
 FLOWS = {"fc": lambda: fc_flow(16, bend=1.0), "cnn": lambda: cnn_flow((1, 8, 8), diagonal=0.6), "glow": lambda: glow_flow((1, 8, 8), 8, 2)}
@@ -37,6 +42,54 @@ def test_the_loss_of_maximum_likelihood_in_two_parts_has_the_type_of_the_gradien
     assert gradient_of(args, flow, optimizer, graphed=True)(torch.randn(10, 16)).dtype == torch.float32  # log Z is in float64
 
 
+@pytest.mark.parametrize("loss", ["ml", "ssm", "dsm", "fdssm"])
+def test_a_compiled_gradient_is_that_of_the_objective_and_draws_its_random_numbers(float64, loss):
+    """Of the weights as they are, after steps of the optimiser and other gradients between the calls."""
+    args, flow, optimizer = settings("fc", loss, "cpu")
+    args.compile = True
+    gradient = gradient_of(args, flow, optimizer)
+    for seed in range(3):
+        x = torch.randn(10, *flow.shape)
+        torch.manual_seed(seed)
+        value = gradient(x)
+        found = [p.grad for p in trainable(flow)]
+        torch.manual_seed(seed)
+        expected = objective(args, flow, x)
+        torch.testing.assert_close(value, expected.detach())
+        torch.testing.assert_close(found, [*torch.autograd.grad(expected, trainable(flow))])
+        descend(args, value, optimizer)
+        backward(objective(args, flow, x), trainable(flow))
+
+
+def test_a_compiled_gradient_follows_a_noise_that_falls(float64):
+    [args], _ = train_toy.parse(["--loss", "dsm", "--compile"])
+    flow, args.sigma = toy_flow(blocks=1, width=8), torch.tensor(0.0)
+    gradient = gradient_of(args, flow, make_optimizer(args, trainable(flow)))
+    for sigma in (6.0, 1.0, 0.375):
+        args.sigma.fill_(sigma)
+        x = torch.randn(20, 2)
+        torch.manual_seed(0)
+        value = gradient(x)
+        torch.manual_seed(0)
+        torch.testing.assert_close(value, objective(args, flow, x).detach())
+
+
+def test_where_there_is_no_compiler_the_error_is_one_line(tmp_path):
+    environment = os.environ | {"CXX": "no-such-compiler", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    failed = subprocess.run([sys.executable, train_toy.__file__, "--compile", "--blocks", "1", "--device", "cpu", "--out", str(tmp_path / "run")],
+                            env=environment, capture_output=True, text=True)
+    line = failed.stderr.strip().splitlines()[-1]
+    assert failed.returncode == 1 and line.startswith("error: torch.compile failed") and "leave out --compile" in line
+
+
+@gpu
+def test_a_gpu_does_not_compile():
+    args, flow, optimizer = settings("fc", "dsm", "cuda")
+    args.compile = True
+    with pytest.raises(RunError, match="leave it out"):
+        gradient_of(args, flow, optimizer)
+
+
 @gpu
 @pytest.mark.parametrize("arch", FLOWS)
 @pytest.mark.parametrize("loss", ["ml", "ssm", "dsm", "fdssm"])
@@ -54,7 +107,7 @@ def test_a_replayed_gradient_is_that_of_the_objective(float64, arch, loss):
         torch.testing.assert_close(value, expected.detach())
         torch.testing.assert_close(found, [*torch.autograd.grad(expected, trainable(flow))])
         descend(args, value, optimizer)
-        backward(objective(args, flow, x), optimizer)
+        backward(objective(args, flow, x), trainable(flow))
 
 
 @gpu

@@ -45,10 +45,10 @@ def launch(*arguments):
                           capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("loss", ["dsm", "sml"])
-def test_two_processes_under_torchrun_end_where_one_does_and_only_the_first_writes(tmp_path, loss):
+@pytest.mark.parametrize("flags", [["--loss", "dsm"], ["--loss", "sml"], ["--loss", "dsm", "--compile"]], ids=" ".join)
+def test_two_processes_under_torchrun_end_where_one_does_and_only_the_first_writes(tmp_path, flags):
     data = small_data_set(tmp_path)
-    shared = ["--loss", loss, "--data", str(data), "--epochs", "3", "--batch-size", "50", "--device", "cpu"]
+    shared = [*flags, "--data", str(data), "--epochs", "3", "--batch-size", "50", "--device", "cpu"]
     done = launch(*shared, "--out", str(tmp_path / "two"))
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("test NLL") == 1

@@ -426,6 +426,8 @@ def test_the_moving_average_is_the_recursion_of_the_paper_after_its_first_steps(
 def test_the_schedules():
     a = parse(["--loss", "dsm", "--lr", "1", "--warmup", "0.5", "--epochs", "100"])
     assert [round(learning_rate(a, 1, t), 6) for t in (0, 0.25, 0.5, 1)] == [0, 0.426777, 0.5, 0]
+    a = parse(["--loss", "dsm", "--lr", "1", "--warmup", "0.1", "--hold", "0.6", "--epochs", "100"])
+    assert [round(learning_rate(a, 1, t), 6) for t in (0.05, 0.3, 0.6, 0.8, 1)] == [0.5, 1, 1, 0.5, 0]
     paper = parse(["--loss", "dsm", "--paper"])
     rates = [learning_rate(paper, epoch, 0.0) for epoch in (1, 2, 50, 60)]
     assert rates == pytest.approx([1e-4, 0.95e-4, 1e-4 * 0.95**49, 1e-4 * 0.95**49])

@@ -64,8 +64,9 @@ def test_all_objectives_on_all_toys_leave_their_files_and_make_the_grid(tmp_path
     assert (tmp_path / "checkerboard-ml" / "checkpoint.pt").read_bytes() == before
 
 
-def test_a_run_that_is_stopped_and_resumed_ends_exactly_like_an_undisturbed_one(tmp_path, monkeypatch):
-    main(arguments(tmp_path / "whole"))
+@pytest.mark.parametrize("flags", [[], ["--compile"]])
+def test_a_run_that_is_stopped_and_resumed_ends_exactly_like_an_undisturbed_one(tmp_path, monkeypatch, flags):
+    main(arguments(tmp_path / "whole", *flags))
     save, saved = run.Run.save, []
 
     def stop_after_two(self, state):
@@ -76,9 +77,9 @@ def test_a_run_that_is_stopped_and_resumed_ends_exactly_like_an_undisturbed_one(
 
     monkeypatch.setattr(run.Run, "save", stop_after_two)
     with pytest.raises(SystemExit) as exit:
-        main(arguments(tmp_path / "stopped"))
+        main(arguments(tmp_path / "stopped", *flags))
     assert exit.value.code == 130 and len(rows(tmp_path / "stopped")) == 3
-    main(arguments(tmp_path / "stopped", "--resume"))
+    main(arguments(tmp_path / "stopped", "--resume", *flags))
     timing = ("seconds", "batches_per_second")
     for a, b in zip(rows(tmp_path / "whole"), rows(tmp_path / "stopped"), strict=True):
         assert {k: v for k, v in a.items() if k not in timing} == {k: v for k, v in b.items() if k not in timing}
@@ -144,6 +145,14 @@ def test_a_step_runs_on_the_meta_device(loss):
     loss = training.objective(args, flow, torch.empty(16, 2, device="meta"))
     assert loss.is_meta
     loss.backward(inputs=training.trainable(flow))
+
+
+def test_a_run_in_double_precision_is_one(tmp_path):
+    main(arguments(tmp_path, "--data", "sine", "--loss", "all", "--double"))
+    for loss in DEFAULTS:
+        state = torch.load(tmp_path / f"sine-{loss}" / "checkpoint.pt", weights_only=True)["state"]
+        tensors = [*state["model"].values(), *(t for s in state["optimizer"]["state"].values() for t in s.values() if t.dim())]
+        assert {t.dtype for t in tensors} == {torch.float64}
 
 
 def test_every_schedule_runs(tmp_path):
