@@ -26,10 +26,10 @@ CHOICES = {"optimizer": ["adam", "rmsprop"], "schedule": ["cosine", "steps"], "n
            "actnorm": ["none", "trained", "moments"], "targets": ["own", "pooled"]}
 
 
-def pick_device(name, joint=False):
+def pick_device(name, joint=False, compiling=False):
     """"auto" is a GPU if torch sees one; under torchrun, which takes a script that is `joint`, this process's own.
 
-    Raises RunError where the GPU that was asked for is not there.
+    Raises RunError where the GPU that was asked for is not there, or where one would be asked to compile.
     """
     if processes.launched() > 1 and not joint:
         raise RunError("this script does not share its batches between processes: start it without torchrun")
@@ -40,6 +40,8 @@ def pick_device(name, joint=False):
         return torch.device("cpu")
     if index >= gpus:
         raise RunError(f"there is no GPU for process {index + 1}, torch sees {gpus}: lower --nproc_per_node, or use --device cpu")
+    if compiling:
+        raise RunError("--compile is for a CPU: leave it out, a GPU replays the gradient as a graph, or use --device cpu")
     return torch.device("cuda", index)
 
 
@@ -56,7 +58,7 @@ def add_run_flags(parser):
 
 def add_compile_flag(parser):
     """Of the scripts whose steps are those of `training.py: gradient_of`."""
-    parser.add_argument("--compile", action="store_true", help="compile the gradient (torch.compile): worth it in long runs")
+    parser.add_argument("--compile", action="store_true", help="on a CPU: compile the gradient (torch.compile), but not that of sml; worth it in long runs")
 
 
 def configuration(args):

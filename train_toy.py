@@ -49,7 +49,7 @@ BY_TOY = {"sine": dict(start_smoothing=2.0, anneal=0.5)}  # it does not wind, an
 
 def train(args):
     """One objective on one toy.   -> the flow of the best epoch, and its row of the table"""
-    device, dtype = pick_device(args.device), torch.float64 if args.double else torch.get_default_dtype()
+    device, dtype = pick_device(args.device, compiling=args.compile), torch.float64 if args.double else torch.get_default_dtype()
     toy = TOYS[args.data]()
     torch.manual_seed(args.seed)
     flow = toy_flow(blocks=args.blocks, width=args.width).to(device, dtype)
@@ -79,8 +79,10 @@ def train(args):
 def load(directory):
     """The flow of a run, with the weights that were kept. Raises RunError where there is no whole checkpoint, or one that does not fit."""
     checkpoint = read_checkpoint(Path(directory) / "checkpoint.pt")
+    config = checkpoint["config"]
     try:
-        flow = toy_flow(blocks=checkpoint["config"]["blocks"], width=checkpoint["config"]["width"])
+        flow = toy_flow(blocks=config["blocks"], width=config["width"])
+        flow = flow.double() if config.get("double") else flow
         flow.load_state_dict(checkpoint["state"]["best"]["model"])
     except (KeyError, RuntimeError):
         raise RunError(f"{directory} is no run of train_toy.py, or one of another version of this code") from None
@@ -98,7 +100,7 @@ def smoothing(args, progress):
     return Toy.smoothing * (args.start_smoothing / Toy.smoothing) ** max(0.0, 1 - progress / args.anneal)
 
 
-def truth(toy, n, seed, device, dtype=None):
+def truth(toy, n, seed, device, dtype=torch.float32):
     """Fresh points of the toy with log p and its score, the same at every call.   -> (n, 2), (n,), (n, 2)"""
     torch.manual_seed(seed)  # none that training uses
     x = toy.sample(n, device).to(dtype)

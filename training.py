@@ -112,8 +112,8 @@ class Graphed:
 def compiled(function):
     """The function as torch.compile makes it: its element-wise operations are fused, and python is not asked between them.
 
-    It may take gradients, of any order. Random numbers are those of the function itself. What it is called with may not
-    change its shape. Raises RunError at the first call where there is no compiler.
+    It may take gradients, of any order. Random numbers are those of the function itself. Each new shape of x is compiled anew.
+    For a CPU; raises RunError at the first call where there is no compiler.
     """
     torch._dynamo.config.trace_autograd_ops = True  # the ∇_x of the score is taken inside
     function = torch.compile(function, fullgraph=True, dynamic=False, isolate_recompiles=True, options={"fallback_random": True})
@@ -122,7 +122,8 @@ def compiled(function):
         try:
             return function(x)
         except torch._inductor.exc.InductorError as error:
-            raise RunError(f"torch.compile failed ({str(error).splitlines()[0]}): leave out --compile, or install a C++ compiler") from None
+            raise RunError(f"torch.compile failed ({str(error).splitlines()[0]}): install a C++ compiler and python's headers, or "
+                           "go on without --compile and with --resume") from None
 
     return call
 
@@ -132,13 +133,11 @@ def gradient_of(args, model, optimizer, graphed=None):
 
     `graphed`, by default on a GPU, it is recorded (`Graphed`) as far as it does not wait for the GPU, as log Z does, which looks
     whether its determinants are finite: score matching as a whole, of `ml` the energy, to whose gradient that of log Z is
-    added, and `sml`, which draws by g⁻¹, not at all. With --compile the same parts are `compiled` on a CPU.
+    added, and `sml`, which draws by g⁻¹, not at all. With --compile, for a CPU, the same parts are `compiled`.
     """
     parameters = optimizer.param_groups[0]["params"]
     if graphed is None:
         graphed = parameters[0].is_cuda
-    if args.compile and parameters[0].is_cuda:
-        raise RunError("--compile is for a CPU: leave it out, a GPU replays the gradient as a graph")
 
     def whole(x):
         return backward(objective(args, model, x), parameters)
@@ -153,10 +152,10 @@ def gradient_of(args, model, optimizer, graphed=None):
         return whole
     if args.loss != "ml":
         return fast(whole)
-    energy = fast(energy)
+    fast_energy = fast(energy)
 
     def in_two_parts(x):
-        loss, log_z = energy(x), model.log_z()
+        loss, log_z = fast_energy(x), model.log_z()
         log_z.backward(inputs=parameters)
         return loss + log_z.detach().to(loss)
 

@@ -22,9 +22,10 @@ from run import RunError, one_line_errors, read_metrics, save_picture
 
 
 def flags(config):
-    """The flags that make a run's settings out of the defaults of its density and objective."""
+    """The flags that make a run's settings out of the defaults of its density and objective, as they are now."""
     defaults = train_toy.DEFAULTS[config["loss"]] | train_toy.BY_TOY.get(config["data"], {})
-    return " ".join(f"--{name.replace('_', '-')} {config[name]}" for name, value in defaults.items() if config[name] != value)
+    settings = [f"--{name.replace('_', '-')} {config[name]}" for name, value in defaults.items() if config[name] != value]
+    return " ".join(settings + ["--double"] * config.get("double", False))
 
 
 @torch.no_grad()
@@ -38,7 +39,7 @@ def kl_of_shares(toy, flow, n=200_000, parts=20):
     center = toy.center.float()
     part = torch.arange(len(center)) * parts // len(center)  # of each square, or node of the curve
     torch.manual_seed(0)
-    p, q = (part[torch.cdist(x, center).argmin(1)].bincount(minlength=int(part[-1]) + 1).double() / n
+    p, q = (part[torch.cdist(x.float(), center).argmin(1)].bincount(minlength=int(part[-1]) + 1).double() / n
             for x in (toy.sample(n), flow.sample(n)))
     return (torch.xlogy(p, p) - torch.xlogy(p, q)).sum().item()
 
@@ -57,7 +58,7 @@ def read(directory):
 def rows(runs):
     """The README's table: runs of several seeds in one row."""
     groups = {}
-    for run in runs:
+    for run in sorted(runs, key=lambda run: run["seed"]):
         groups.setdefault((run["data"], run["loss"], run["flags"]), []).append(run)
     return [f"| {data} | {loss} | `{options}` | " + " | ".join(
         ", ".join(f"{run[figure]:.4f}" if figure in run else "–" for run in group) for figure in ("kl", "kl_of_shares", "fisher")) + " |"
@@ -80,7 +81,8 @@ def main(argv=None):
                 run["kl_of_shares"] = kl_of_shares(train_toy.TOYS[run["data"]](), flow)
                 cells.setdefault((run["data"], run["loss"]), (flow, {"test_kl": run["kl"]}))
         a.results.mkdir(exist_ok=True)
-        runs = sorted(before + runs, key=lambda run: (list(train_toy.TOYS).index(run["data"]), list(train_toy.DEFAULTS).index(run["loss"])))
+        by_settings = {tuple(run[name] for name in ("data", "loss", "flags", "seed")): run for run in before + runs}  # the last of equal ones
+        runs = sorted(by_settings.values(), key=lambda run: (list(train_toy.TOYS).index(run["data"]), list(train_toy.DEFAULTS).index(run["loss"])))
         record(a.results / "depth.json", {"command": "python -m experiments.depth", "runs": runs})
         if cells and not a.add:
             toys, objectives = ([name for name in names if any(name in key for key in cells)] for names in (train_toy.TOYS, train_toy.DEFAULTS))

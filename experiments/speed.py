@@ -83,13 +83,13 @@ def toy_step(loss, batch_size, device, dtype, *flags):
     """A function that does one whole step on fresh points of the swirl."""
     (a,), _ = train_toy.parse(["--data", "swirl", "--loss", loss, *flags])
     a.sigma = torch.tensor(a.start_smoothing, device=device)
-    flow = toy_flow().to(device, dtype)
+    toy, flow = TOYS["swirl"](), toy_flow().to(device, dtype)
     optimizer = make_optimizer(a, trainable(flow))
     average = MovingAverage(flow, a.ema_decay)
     gradient = gradient_of(a, flow, optimizer)
 
     def step():
-        descend(a, gradient(TOYS["swirl"]().sample(batch_size, device).to(dtype)), optimizer)
+        descend(a, gradient(toy.sample(batch_size, device).to(dtype)), optimizer)
         average.update()
 
     return step
@@ -123,39 +123,44 @@ def main(argv=None):
     parser.add_argument("--compile", action="store_true", help="time compiled steps, too")
     a = parser.parse_args(argv)
     device, toys = torch.device(a.device), a.arch == "toy"
+    if a.compile and device.type != "cpu":
+        parser.error("--compile is for a CPU: add --device cpu")
     batch_size = a.batch_size or (512 if toys else 100)
-    variants = {"": [], **({"compiled": ["--compile"]} if a.compile else {})}
+    variants = {"": [], "compiled": ["--compile"]} if a.compile else {"": []}
+    pairs = [(loss, variant) for variant in variants for loss in LOSSES if not (loss == "sml" and variant)]  # sml is not compiled
     if toys:
-        steps = {(loss, variant): toy_step(loss, batch_size, device, torch.float32, *flags)
-                 for loss in LOSSES for variant, flags in variants.items()}
+        steps = {(loss, variant): toy_step(loss, batch_size, device, torch.float32, *variants[variant]) for loss, variant in pairs}
         steps |= {(loss, "float64"): toy_step(loss, batch_size, device, torch.float64) for loss in LOSSES}
     else:
         images = mnist(MNIST)[0]
+        steps = {(loss, variant): training_step(loss, images, batch_size, device, a.arch, *variants[variant]) for loss, variant in pairs}
+        passes = steps["dsm", ""][1]  # the same for all
+        steps = {name: step for name, (step, _) in steps.items()}
+    if a.arch == "fc":
         D = images[0].numel()
         x, W = torch.randn(batch_size, D, device=device), torch.randn(D, D, device=device)
         ten = Graphed(lambda x: [x @ W for _ in range(10)])
 
-        def products():
+        def ten_products():
             with fast_matmul("dsm"):
                 ten(x)
 
-        both = {(loss, variant): training_step(loss, images, batch_size, device, a.arch, *flags)
-                for loss in LOSSES for variant, flags in variants.items()}
-        steps = {name: step for name, (step, _) in both.items()} | {"ten products": products, "passes": both["dsm", ""][1]}  # the same for all
+        steps |= {"ten products": ten_products, "passes": passes}
     median = interleaved(steps, a.repeats, device)
 
+    columns = [*variants, *["float64"] * toys]
     print(f"{torch.get_num_threads()} threads, batch size {batch_size}")
-    names = [name for name in (*variants, "float64") if ("dsm", name) in median]
-    floor = {}
+    heads, cells = ["batches/s", "step (ms)"], lambda loss, t: [f"{1 / t:.1f}", f"{1e3 * t:.2f}"]
     if a.arch == "fc":
-        product = median["ten products"] / 10
+        product, products = median["ten products"] / 10, {loss: count(loss, images, batch_size) for loss in LOSSES}
         print(f"one product of {batch_size}×{D} with {D}×{D}: {1e3 * product:.3f} ms; "
               f"gradient norm, optimiser and moving average: {1e3 * median['passes']:.2f} ms")
-        floor = {loss: count(loss, images, batch_size) * product for loss in LOSSES}
-    print("objective" + "".join(f"{name:>10}  batches/s  step (ms)" + "  step / floor" * bool(floor) for name in names))
+        heads += ["products", "step / floor"]
+        cells = lambda loss, t: [f"{1 / t:.1f}", f"{1e3 * t:.2f}", f"{products[loss]:.0f}", f"{t / (products[loss] * product):.2f}"]
+    print(f"{'objective':9}" + "".join(f"{f'{name} {head}'.strip():>22}" for name in columns for head in heads))
     for loss in LOSSES:
-        print(f"{loss:9}" + "".join(f"{1 / median[loss, name]:21.1f}  {1e3 * median[loss, name]:9.2f}"
-                                    + (f"  {median[loss, name] / floor[loss]:12.2f}" if floor else "") for name in names))
+        figures = [cells(loss, median[loss, name]) if (loss, name) in median else ["–"] * len(heads) for name in columns]
+        print(f"{loss:9}" + "".join(f"{figure:>22}" for row in figures for figure in row))
 
 
 if __name__ == "__main__":

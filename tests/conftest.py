@@ -1,5 +1,10 @@
+import os
+import shutil
+
 import pytest
 import torch
+
+compiler = pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="needs a C++ compiler")
 
 
 @pytest.fixture(autouse=True)

@@ -360,8 +360,11 @@ def test_runs_of_several_settings_stand_side_by_side(tmp_path, capsys):
     assert [run["kl"] for run in runs] == kl
     assert (tmp_path / "depth.png").stat().st_size > 1000
     picture = (tmp_path / "depth.png").read_bytes()
-    depth.main(["--add", directories[1], "--results", str(tmp_path)])
-    assert [run["kl"] for run in json.loads((tmp_path / "depth.json").read_text())["runs"]] == [*kl[:3], kl[1], kl[3]]  # by density
+    train_toy.main(["--data", "sine", "--loss", "fdssm", *tiny, "--double", "--out", str(tmp_path / "e")])
+    depth.main(["--add", *directories[1:2], str(tmp_path / "e"), "--results", str(tmp_path)])  # the first of them is there already
+    assert [run["kl"] for run in json.loads((tmp_path / "depth.json").read_text())["runs"]] == [
+        *kl[:3], read_metrics(tmp_path / "e")[-1]["test_kl"], kl[3]]  # by density and objective
+    assert f" --double` | {read_metrics(tmp_path / 'e')[-1]['test_kl']:.4f} |" in capsys.readouterr().out
     assert (tmp_path / "depth.png").read_bytes() == picture
     parsed = train_toy.parse(["--data", "sine", "--loss", "fdssm", *second.split("`")[1].split()])[0][0]
     assert all(getattr(parsed, name) == value for name, value in json.loads((tmp_path / "c" / "config.json").read_text()).items())

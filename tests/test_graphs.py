@@ -10,7 +10,9 @@ import torch
 import train_mnist
 import train_toy
 import training
+from conftest import compiler
 from ebflow import cnn_flow, fc_flow, glow_flow, toy_flow
+from flags import pick_device
 from run import RunError
 from training import Graphed, backward, descend, gradient_of, make_optimizer, objective, trainable
 
@@ -42,6 +44,7 @@ def test_the_loss_of_maximum_likelihood_in_two_parts_has_the_type_of_the_gradien
     assert gradient_of(args, flow, optimizer, graphed=True)(torch.randn(10, 16)).dtype == torch.float32  # log Z is in float64
 
 
+@compiler
 @pytest.mark.parametrize("loss", ["ml", "ssm", "dsm", "fdssm"])
 def test_a_compiled_gradient_is_that_of_the_objective_and_draws_its_random_numbers(float64, loss):
     """Of the weights as they are, after steps of the optimiser and other gradients between the calls."""
@@ -61,6 +64,7 @@ def test_a_compiled_gradient_is_that_of_the_objective_and_draws_its_random_numbe
         backward(objective(args, flow, x), trainable(flow))
 
 
+@compiler
 def test_a_compiled_gradient_follows_a_noise_that_falls(float64):
     [args], _ = train_toy.parse(["--loss", "dsm", "--compile"])
     flow, args.sigma = toy_flow(blocks=1, width=8), torch.tensor(0.0)
@@ -70,8 +74,11 @@ def test_a_compiled_gradient_follows_a_noise_that_falls(float64):
         x = torch.randn(20, 2)
         torch.manual_seed(0)
         value = gradient(x)
+        found = [p.grad for p in trainable(flow)]
         torch.manual_seed(0)
-        torch.testing.assert_close(value, objective(args, flow, x).detach())
+        expected = objective(args, flow, x)
+        torch.testing.assert_close(value, expected.detach())
+        torch.testing.assert_close(found, [*torch.autograd.grad(expected, trainable(flow))])
 
 
 def test_where_there_is_no_compiler_the_error_is_one_line(tmp_path):
@@ -79,15 +86,14 @@ def test_where_there_is_no_compiler_the_error_is_one_line(tmp_path):
     failed = subprocess.run([sys.executable, train_toy.__file__, "--compile", "--blocks", "1", "--device", "cpu", "--out", str(tmp_path / "run")],
                             env=environment, capture_output=True, text=True)
     line = failed.stderr.strip().splitlines()[-1]
-    assert failed.returncode == 1 and line.startswith("error: torch.compile failed") and "leave out --compile" in line
+    assert failed.returncode == 1 and line.startswith("error: torch.compile failed") and "without --compile and with --resume" in line
 
 
-@gpu
-def test_a_gpu_does_not_compile():
-    args, flow, optimizer = settings("fc", "dsm", "cuda")
-    args.compile = True
+def test_a_gpu_does_not_compile(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert pick_device("cpu", compiling=True).type == "cpu" and pick_device("auto").type == "cuda"
     with pytest.raises(RunError, match="leave it out"):
-        gradient_of(args, flow, optimizer)
+        pick_device("auto", compiling=True)
 
 
 @gpu

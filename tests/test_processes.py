@@ -11,6 +11,7 @@ import torch
 
 import processes
 import train_mnist
+from conftest import compiler
 from ebflow import fc_flow
 from run import read_metrics
 from test_data import small_data_set
@@ -45,7 +46,7 @@ def launch(*arguments):
                           capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("flags", [["--loss", "dsm"], ["--loss", "sml"], ["--loss", "dsm", "--compile"]], ids=" ".join)
+@pytest.mark.parametrize("flags", [["--loss", "dsm"], ["--loss", "sml"], pytest.param(["--loss", "dsm", "--compile"], marks=compiler)], ids=str)
 def test_two_processes_under_torchrun_end_where_one_does_and_only_the_first_writes(tmp_path, flags):
     data = small_data_set(tmp_path)
     shared = [*flags, "--data", str(data), "--epochs", "3", "--batch-size", "50", "--device", "cpu"]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from conftest import failing
+from conftest import compiler, failing
 import losses
 import run
 import training
@@ -11,7 +11,7 @@ from data import TOYS, Toy
 from ebflow import EBFlow, toy_flow
 from layers import FullyConnected
 from run import read_metrics as rows
-from train_toy import DEFAULTS, divergences, main, parse, truth
+from train_toy import DEFAULTS, divergences, load, main, parse, truth
 
 FILES = {"checkpoint.pt", "config.json", "curves.png", "metrics.jsonl", "density.png"}
 
@@ -64,7 +64,7 @@ def test_all_objectives_on_all_toys_leave_their_files_and_make_the_grid(tmp_path
     assert (tmp_path / "checkerboard-ml" / "checkpoint.pt").read_bytes() == before
 
 
-@pytest.mark.parametrize("flags", [[], ["--compile"]])
+@pytest.mark.parametrize("flags", [[], pytest.param(["--compile"], marks=compiler)])
 def test_a_run_that_is_stopped_and_resumed_ends_exactly_like_an_undisturbed_one(tmp_path, monkeypatch, flags):
     main(arguments(tmp_path / "whole", *flags))
     save, saved = run.Run.save, []
@@ -153,6 +153,9 @@ def test_a_run_in_double_precision_is_one(tmp_path):
         state = torch.load(tmp_path / f"sine-{loss}" / "checkpoint.pt", weights_only=True)["state"]
         tensors = [*state["model"].values(), *(t for s in state["optimizer"]["state"].values() for t in s.values() if t.dim())]
         assert {t.dtype for t in tensors} == {torch.float64}
+        flow = load(tmp_path / f"sine-{loss}")
+        row = divergences("test", flow, *truth(TOYS["sine"](), 400, -2, "cpu", torch.float64))
+        assert row["test_kl"] == rows(tmp_path / f"sine-{loss}")[-1]["test_kl"]
 
 
 def test_every_schedule_runs(tmp_path):
