@@ -27,6 +27,22 @@ def settings(arch, loss, device):
     return args, flow, make_optimizer(args, trainable(flow))
 
 
+def assert_gradient(args, flow, optimizer):
+    """Of the weights as they are, after steps of the optimiser and other gradients between the calls."""
+    gradient = gradient_of(args, flow, optimizer)
+    for seed in range(3):
+        x = torch.randn(10, *flow.shape, device=trainable(flow)[0].device)
+        torch.manual_seed(seed)
+        value = gradient(x).clone()
+        found = [p.grad.clone() for p in trainable(flow)]
+        torch.manual_seed(seed)
+        expected = objective(args, flow, x)
+        torch.testing.assert_close(value, expected.detach())
+        torch.testing.assert_close(found, [*torch.autograd.grad(expected, trainable(flow))])
+        descend(args, value, optimizer)
+        backward(objective(args, flow, x), trainable(flow))
+
+
 @pytest.mark.parametrize("arch", FLOWS)
 def test_maximum_likelihood_is_the_gradient_of_the_energy_and_that_of_log_z(float64, arch):
     args, flow, optimizer = settings(arch, "ml", "cpu")
@@ -47,21 +63,9 @@ def test_the_loss_of_maximum_likelihood_in_two_parts_has_the_type_of_the_gradien
 @compiler
 @pytest.mark.parametrize("loss", ["ml", "ssm", "dsm", "fdssm"])
 def test_a_compiled_gradient_is_that_of_the_objective_and_draws_its_random_numbers(float64, loss):
-    """Of the weights as they are, after steps of the optimiser and other gradients between the calls."""
     args, flow, optimizer = settings("fc", loss, "cpu")
     args.compile = True
-    gradient = gradient_of(args, flow, optimizer)
-    for seed in range(3):
-        x = torch.randn(10, *flow.shape)
-        torch.manual_seed(seed)
-        value = gradient(x)
-        found = [p.grad for p in trainable(flow)]
-        torch.manual_seed(seed)
-        expected = objective(args, flow, x)
-        torch.testing.assert_close(value, expected.detach())
-        torch.testing.assert_close(found, [*torch.autograd.grad(expected, trainable(flow))])
-        descend(args, value, optimizer)
-        backward(objective(args, flow, x), trainable(flow))
+    assert_gradient(args, flow, optimizer)
 
 
 @compiler
@@ -100,20 +104,7 @@ def test_a_gpu_does_not_compile(monkeypatch):
 @pytest.mark.parametrize("arch", FLOWS)
 @pytest.mark.parametrize("loss", ["ml", "ssm", "dsm", "fdssm"])
 def test_a_replayed_gradient_is_that_of_the_objective(float64, arch, loss):
-    """Of the weights as they are, after steps of the optimiser and other gradients between the replays."""
-    args, flow, optimizer = settings(arch, loss, "cuda")
-    gradient = gradient_of(args, flow, optimizer)
-    for seed in range(3):
-        x = torch.randn(10, *flow.shape, device="cuda")
-        torch.manual_seed(seed)
-        value = gradient(x).clone()
-        found = [p.grad.clone() for p in trainable(flow)]
-        torch.manual_seed(seed)
-        expected = objective(args, flow, x)
-        torch.testing.assert_close(value, expected.detach())
-        torch.testing.assert_close(found, [*torch.autograd.grad(expected, trainable(flow))])
-        descend(args, value, optimizer)
-        backward(objective(args, flow, x), trainable(flow))
+    assert_gradient(*settings(arch, loss, "cuda"))
 
 
 @gpu
