@@ -58,7 +58,7 @@ def add_run_flags(parser):
 
 def add_compile_flag(parser):
     """Of the scripts whose steps are those of `training.py: gradient_of`."""
-    parser.add_argument("--compile", action="store_true", help="on a CPU: compile the gradient (torch.compile), but not that of sml; worth it in long runs")
+    parser.add_argument("--compile", action="store_true", help="on a CPU: compile the gradient (torch.compile); worth it in long runs")
 
 
 def configuration(args):

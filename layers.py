@@ -47,9 +47,9 @@ class NonlinearLayer(nn.Module):
 
 
 class FullyConnected(LinearLayer):
-    """y = W x + b with an unconstrained D × D matrix, started at W = diagonal · I.
+    """y = W x + b with an unconstrained D × D matrix, started at W = diagonal · I; x is any event of D elements.
 
-    log|det J| = log|det W|, O(D³).   x (B, D) -> y (B, D)
+    log|det J| = log|det W|, O(D³).   x (B, …) -> y (B, …)
 
     `inverse` raises torch.linalg.LinAlgError where W is singular.
 
@@ -67,16 +67,17 @@ class FullyConnected(LinearLayer):
         self.bias = nn.Parameter(torch.full((dim,), float(bias)))
 
     def output_shape(self, shape):
-        if tuple(shape) != tuple(self.bias.shape):
+        if math.prod(shape) != len(self.bias):
             raise ValueError(f"a fully-connected layer of {len(self.bias)} dimensions cannot take events of "
-                             f"shape {tuple(shape)}: flatten them, or give the layer their size")
+                             f"shape {tuple(shape)}: give the layer their number of elements")
         return shape
 
     def forward(self, x):
-        return F.linear(x, self.weight, self.bias)
+        return F.linear(x.flatten(1), self.weight, self.bias).view_as(x)
 
     def inverse(self, y):
-        return torch.linalg.solve(self.weight.T, y - self.bias, left=False)  # x Wᵀ = y - b
+        x = torch.linalg.solve(self.weight.T, y.flatten(1) - self.bias, left=False)  # x Wᵀ = y - b
+        return x.view_as(y)
 
     def log_abs_det(self, shape):
         return torch.linalg.slogdet(self.weight.double()).logabsdet
@@ -146,7 +147,7 @@ class Convolution(LinearLayer):
             n = C * W * min(r, H - first)
             S = A[:n, :n] - L[:n] @ torch.linalg.solve_ex(S, U[:, :n]).result
             log_abs_det = log_abs_det + torch.linalg.slogdet(S).logabsdet
-        if not (log_abs_det.is_meta or log_abs_det.isfinite()):
+        if known_not_finite(log_abs_det):
             return torch.linalg.slogdet(self.matrix(shape, torch.float64)).logabsdet
         return log_abs_det
 
@@ -441,6 +442,11 @@ def softplus(x):
 def along_channels(p, x):
     """One number per channel, shaped to broadcast over x.   (C,) -> (C, 1, …)"""
     return p.view(-1, *[1] * (x.dim() - 2))
+
+
+def known_not_finite(number):
+    """Whether a number is infinite or nan. On device meta, and while compiled, nobody can look: not known, so False."""
+    return not (number.is_meta or torch.compiler.is_compiling() or number.isfinite())
 
 
 def shifts(n, k, like):

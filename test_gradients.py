@@ -33,7 +33,7 @@ def float64():
 def image_coupling():
     network = torch.nn.Sequential(torch.nn.Conv2d(2, 4, 3, padding=1), torch.nn.Softplus(),
                                   torch.nn.Conv2d(4, 4, 3, padding=1))
-    return EBFlow([Squeeze(), ActNorm(4), Conv1x1(4), AffineCoupling(network)], (1, 4, 4))
+    return EBFlow([FullyConnected(16), Squeeze(), ActNorm(4), Conv1x1(4), AffineCoupling(network)], (1, 4, 4))
 
 
 ARCHITECTURES = {
@@ -172,7 +172,7 @@ def test_maximum_likelihood_does_see_them_and_the_difference_is_minus_the_invers
     exact = gradients(losses.ml(flow.log_prob, x), flow)
     without = gradients(flow.energy(x).mean(), flow)
     for i, (layer, shape) in enumerate(zip(flow.layers, flow.shapes)):
-        pixels = math.prod(shape[1:])
+        pixels = 1 if isinstance(layer, FullyConnected) else math.prod(shape[1:])  # the others act on each pixel
         for name, p in layer.named_parameters():
             if name == "weight" and isinstance(layer, (FullyConnected, Conv1x1)):
                 expected = -pixels * torch.from_numpy(np.linalg.inv(p.detach().numpy())).T
@@ -420,6 +420,7 @@ def test_nll_is_the_same_with_the_preprocessing_inside_the_flow_or_outside():
 
 LAYERS = {
     "FullyConnected": (lambda: FullyConnected(3), (3,)),
+    "FullyConnected on an image": (lambda: FullyConnected(4), (1, 2, 2)),
     "Convolution": (lambda: Convolution(2, 3), (2, 2, 3)),
     "Conv1x1": (lambda: Conv1x1(2), (2, 2, 2)),
     "ActNorm": (lambda: ActNorm(2), (2, 2, 2)),

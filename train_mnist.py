@@ -106,8 +106,8 @@ PAPER["glow"] = {
 def build(args, images):
     """The pre-processing x -> z, the flow of z, and the flow of x that the two are together.
 
-    Its constants are measured on the training images. Whitening is one more matrix, but not one more layer of
-    the model: W₁ times it is another W₁, so that the family of densities is the same with and without it.
+    Its constants are measured on the training images. Whitening is one more linear layer, held constant. Before W₁ of
+    --arch fc it is none: W₁ times it is another W₁, and the family of densities is the same with and without it.
     """
     shape = (images[0].numel(),) if args.arch == "fc" else tuple(images.shape[1:])
     pre = logit_preprocessing(shape, args.s)
@@ -122,7 +122,7 @@ def build(args, images):
         if variances[0] < 1e-10 * variances[-1]:
             raise RunError(f"{len(images)} images have a singular covariance and cannot be whitened: give more "
                            "images, or --normalize center")
-        whitening = FullyConnected(*shape).requires_grad_(False)
+        whitening = FullyConnected(math.prod(shape)).requires_grad_(False)
         whitening.weight.copy_(U @ (variances.rsqrt()[:, None] * U.T))  # symmetric: pixels stay pixels
         pre = EBFlow([*pre.layers, whitening], shape)
     try:
@@ -319,8 +319,6 @@ def parse(argv=None):
     add_settings(parser, tables)
     args = parser.parse_args(argv)
     args = with_settings(parser, args, tables, (PAPER if args.paper else DEFAULTS)[args.arch][args.loss])
-    if args.arch != "fc" and args.normalize == "whiten":
-        parser.error("--normalize whiten mixes all pixels, which only the first matrix of --arch fc can take in")
     if args.arch == "glow" and args.actnorm == "none":
         parser.error("--arch glow has actnorms: --actnorm is trained or moments")
     if args.out is None:

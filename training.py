@@ -13,18 +13,25 @@ import processes
 from run import RunError
 
 
-def objective(args, model, x):
-    """The loss of one batch, or of this process's share of it (see processes.py).   (B, *shape) -> ()"""
+def objective(args, model, x, x_model=None):
+    """The loss of one batch, or of this process's share of it (see processes.py).   (B, *shape) -> ()
+
+    x_model, for `sml`: the samples of the model, where they are drawn already (see `model_samples`).
+    """
     mine = processes.share(len(x))  # of the random numbers, too: all processes draw those of the whole batch
     if args.loss == "ml":
         return losses.ml(model.log_prob, x[mine])
     if args.loss == "sml":
-        return losses.sml(model.energy, x[mine], model.sample(args.model_samples)[processes.share(args.model_samples)])
+        return losses.sml(model.energy, x[mine], model_samples(args, model) if x_model is None else x_model)
     if args.loss == "ssm":
         return losses.ssm(model.energy, x[mine], losses.rademacher(x)[mine])
     if args.loss == "dsm":
         return losses.dsm(model.energy, x[mine], args.sigma, torch.randn_like(x)[mine], getattr(args, "targets", "own") == "pooled")
     return losses.fdssm(model.energy, x[mine], args.xi, losses.on_sphere(x, args.xi)[mine])
+
+
+def model_samples(args, model):
+    return model.sample(args.model_samples)[processes.share(args.model_samples)]
 
 
 def trainable(model):
@@ -112,15 +119,15 @@ class Graphed:
 def compiled(function):
     """The function as torch.compile makes it: its element-wise operations are fused, and python is not asked between them.
 
-    It may take gradients, of any order. Random numbers are those of the function itself. Each new shape of x is compiled anew.
+    It may take gradients, of any order. Random numbers are those of the function itself. Each new shape is compiled anew.
     For a CPU; raises RunError at the first call where there is no compiler.
     """
     torch._dynamo.config.trace_autograd_ops = True  # the ∇_x of the score is taken inside
     function = torch.compile(function, fullgraph=True, dynamic=False, isolate_recompiles=True, options={"fallback_random": True})
 
-    def call(x):
+    def call(*tensors):
         try:
-            return function(x)
+            return function(*tensors)
         except torch._inductor.exc.InductorError as error:
             raise RunError(f"torch.compile failed ({str(error).splitlines()[0]}): install a C++ compiler and python's headers, or "
                            "go on without --compile and with --resume") from None
@@ -131,31 +138,28 @@ def compiled(function):
 def gradient_of(args, model, optimizer, graphed=None):
     """(B, …) -> (): the objective of a batch, whose gradient is left in the parameters.
 
-    `graphed`, by default on a GPU, it is recorded (`Graphed`) as far as it does not wait for the GPU, as log Z does, which looks
-    whether its determinants are finite: score matching as a whole, of `ml` the energy, to whose gradient that of log Z is
-    added, and `sml`, which draws by g⁻¹, not at all. With --compile, for a CPU, the same parts are `compiled`.
+    With --compile, for a CPU, it is `compiled`, but for the draws of `sml`, by g⁻¹. `graphed`, by default on a GPU, it is
+    recorded (`Graphed`) as far as it does not wait for the GPU, as log Z does, which looks whether its determinants are
+    finite: score matching as a whole, of `ml` the energy, to whose gradient that of log Z is added, `sml` not at all.
     """
     parameters = optimizer.param_groups[0]["params"]
     if graphed is None:
         graphed = parameters[0].is_cuda
 
-    def whole(x):
-        return backward(objective(args, model, x), parameters)
+    def whole(x, x_model=None):
+        return backward(objective(args, model, x, x_model), parameters)
 
-    def energy(x):
-        return backward(model.energy(x[processes.share(len(x))]).mean(), parameters)
-
-    def fast(function):
-        return compiled(function) if args.compile else Graphed(function, parameters)
-
-    if args.loss == "sml" or args.loss == "ml" and not (graphed or args.compile):
+    if args.compile:
+        gradient = compiled(whole)
+        return (lambda x: gradient(x, model_samples(args, model))) if args.loss == "sml" else gradient
+    if not graphed or args.loss == "sml":
         return whole
     if args.loss != "ml":
-        return fast(whole)
-    fast_energy = fast(energy)
+        return Graphed(whole, parameters)
+    energy = Graphed(lambda x: backward(model.energy(x[processes.share(len(x))]).mean(), parameters), parameters)
 
     def in_two_parts(x):
-        loss, log_z = fast_energy(x), model.log_z()
+        loss, log_z = energy(x), model.log_z()
         log_z.backward(inputs=parameters)
         return loss + log_z.detach().to(loss)
 

@@ -8,9 +8,10 @@ A step is everything that training does for one batch: indexing, dequantisation,
 gradient, optimiser, moving average. The floor of --arch fc is the number of products of a (batch × D) with a (D × D) matrix
 in it, as torch's own counter of operations finds them, times the time of one such product in the same run. The
 floor leaves out determinants and solves; `ml` and `sml` cannot do without. Nor is the time in it that the norm of the gradient,
-the optimiser and the moving average take to read and write every weight, which is printed beside it. The steps are
-interleaved, so that a slow moment of the machine hits all of them, and the medians are printed; with --compile also those of
-compiled steps, and of --arch toy, the flow in the plane, of steps in float64.
+the optimiser and the moving average take to read and write every weight, which is printed beside it. Ten steps of one kind in
+a row, as in training, are timed at once, the kinds interleaved, so that a slow moment of the machine hits all of them, and the
+medians are printed; with --compile also those of compiled steps, and of --arch toy, the flow in the plane, of a plain
+implementation in float64.
 """
 
 import argparse
@@ -18,6 +19,7 @@ import statistics
 import time
 
 import torch
+from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
@@ -25,7 +27,7 @@ import train_toy
 from data import MNIST, TOYS, mnist
 from ebflow import toy_flow
 from train_mnist import DEFAULTS, LOSSES, build, minibatch, parse
-from training import Graphed, MovingAverage, descend, fast_matmul, gradient_of, make_optimizer, trainable
+from training import Graphed, MovingAverage, descend, fast_matmul, gradient_of, make_optimizer, objective, trainable
 
 
 class FlopCounter(TorchDispatchMode):
@@ -79,20 +81,41 @@ def training_step(loss, images, batch_size, device, arch="fc", *flags):
     return step, passes
 
 
-def toy_step(loss, batch_size, device, dtype, *flags):
+def toy_step(loss, batch_size, device, *flags):
     """A function that does one whole step on fresh points of the swirl."""
-    (a,), _ = train_toy.parse(["--data", "swirl", "--loss", loss, *flags])
-    a.sigma = torch.tensor(a.start_smoothing, device=device)
-    toy, flow = TOYS["swirl"](), toy_flow().to(device, dtype)
+    a, toy, flow = toy_problem(loss, device, *flags)
     optimizer = make_optimizer(a, trainable(flow))
     average = MovingAverage(flow, a.ema_decay)
     gradient = gradient_of(a, flow, optimizer)
 
     def step():
-        descend(a, gradient(toy.sample(batch_size, device).to(dtype)), optimizer)
+        descend(a, gradient(toy.sample(batch_size, device).float()), optimizer)
         average.update()
 
     return step
+
+
+def plain_toy_step(loss, batch_size, device):
+    """The same step as one would write it first: in float64, with torch's optimiser and average as they come."""
+    a, toy, flow = toy_problem(loss, device)
+    flow.double()
+    optimizer = torch.optim.Adam(flow.parameters(), lr=a.lr)
+    average = AveragedModel(flow, avg_fn=get_ema_avg_fn(a.ema_decay))
+
+    def step():
+        optimizer.zero_grad()
+        objective(a, flow, toy.sample(batch_size, device).double()).backward()
+        torch.nn.utils.get_total_norm([p.grad for p in flow.parameters()])
+        optimizer.step()
+        average.update_parameters(flow)
+
+    return step
+
+
+def toy_problem(loss, device, *flags):
+    (a,), _ = train_toy.parse(["--data", "swirl", "--loss", loss, *flags])
+    a.sigma = torch.tensor(a.start_smoothing, device=device)
+    return a, TOYS["swirl"](), toy_flow().to(device)
 
 
 def count(loss, images, batch_size):
@@ -103,14 +126,14 @@ def count(loss, images, batch_size):
     return counter.flops / (2 * batch_size * images[0].numel() ** 2)
 
 
-def interleaved(functions, repeats, device):
-    """The median time of each function, in seconds.   {name: ()} -> {name: float}"""
+def interleaved(functions, repeats, device, calls=10):
+    """The median time of each function in so many calls in a row, in seconds a call.   {name: ()} -> {name: float}"""
     times = {name: [] for name in functions}
     for function in functions.values():
         function()  # the first one is slower
     for _ in range(repeats):
         for name, function in functions.items():
-            times[name].append(timed(function, device))
+            times[name].append(timed(lambda: [function() for _ in range(calls)], device) / calls)
     return {name: statistics.median(t) for name, t in times.items()}
 
 
@@ -118,7 +141,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--arch", choices=[*DEFAULTS, "toy"], default="fc")
     parser.add_argument("--batch-size", type=int, help="100, of the toys 512")
-    parser.add_argument("--repeats", type=int, default=60)
+    parser.add_argument("--repeats", type=int, default=12)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--compile", action="store_true", help="time compiled steps, too")
     a = parser.parse_args(argv)
@@ -127,10 +150,10 @@ def main(argv=None):
         parser.error("--compile is for a CPU: add --device cpu")
     batch_size = a.batch_size or (512 if toys else 100)
     variants = {"": [], "compiled": ["--compile"]} if a.compile else {"": []}
-    pairs = [(loss, variant) for variant in variants for loss in LOSSES if not (loss == "sml" and variant)]  # sml is not compiled
+    pairs = [(loss, variant) for variant in variants for loss in LOSSES]
     if toys:
-        steps = {(loss, variant): toy_step(loss, batch_size, device, torch.float32, *variants[variant]) for loss, variant in pairs}
-        steps |= {(loss, "float64"): toy_step(loss, batch_size, device, torch.float64) for loss in LOSSES}
+        steps = {(loss, variant): toy_step(loss, batch_size, device, *variants[variant]) for loss, variant in pairs}
+        steps |= {(loss, "plain"): plain_toy_step(loss, batch_size, device) for loss in LOSSES}
     else:
         images = mnist(MNIST)[0]
         steps = {(loss, variant): training_step(loss, images, batch_size, device, a.arch, *variants[variant]) for loss, variant in pairs}
@@ -148,7 +171,7 @@ def main(argv=None):
         steps |= {"ten products": ten_products, "passes": passes}
     median = interleaved(steps, a.repeats, device)
 
-    columns = [*variants, *["float64"] * toys]
+    columns = [*variants, *["plain"] * toys]
     print(f"{torch.get_num_threads()} threads, batch size {batch_size}")
     heads, cells = ["batches/s", "step (ms)"], lambda loss, t: [f"{1 / t:.1f}", f"{1e3 * t:.2f}"]
     if a.arch == "fc":
@@ -159,8 +182,7 @@ def main(argv=None):
         cells = lambda loss, t: [f"{1 / t:.1f}", f"{1e3 * t:.2f}", f"{products[loss]:.0f}", f"{t / (products[loss] * product):.2f}"]
     print(f"{'objective':9}" + "".join(f"{f'{name} {head}'.strip():>22}" for name in columns for head in heads))
     for loss in LOSSES:
-        figures = [cells(loss, median[loss, name]) if (loss, name) in median else ["–"] * len(heads) for name in columns]
-        print(f"{loss:9}" + "".join(f"{figure:>22}" for row in figures for figure in row))
+        print(f"{loss:9}" + "".join(f"{figure:>22}" for name in columns for figure in cells(loss, median[loss, name])))
 
 
 if __name__ == "__main__":

@@ -61,11 +61,20 @@ def test_the_loss_of_maximum_likelihood_in_two_parts_has_the_type_of_the_gradien
 
 
 @compiler
-@pytest.mark.parametrize("loss", ["ml", "ssm", "dsm", "fdssm"])
+@pytest.mark.parametrize("loss", train_mnist.LOSSES)
 def test_a_compiled_gradient_is_that_of_the_objective_and_draws_its_random_numbers(float64, loss):
     args, flow, optimizer = settings("fc", loss, "cpu")
     args.compile = True
     assert_gradient(args, flow, optimizer)
+
+
+@compiler
+def test_a_compiled_loss_is_not_finite_where_a_weight_is_singular():
+    args, flow, optimizer = settings("fc", "ml", "cpu")
+    args.compile = True
+    with torch.no_grad():
+        flow.layers[0].weight[0] = 0
+    assert not gradient_of(args, flow, optimizer)(torch.randn(10, 16)).isfinite()  # at which `fit` stops
 
 
 @compiler
