@@ -135,7 +135,8 @@ class Convolution(LinearLayer):
                 ⎢L A U  ⎥
                 ⎣  L A …⎦     (the last block may have fewer rows)
 
-        Pivots are sought within a block. Should M of the image's first i·r rows alone be singular, the whole M is taken.
+        Pivots are sought within a block. Should M of the image's first i·r rows alone be singular, the whole M is taken
+        (but not by what is compiled: there the result is not finite).
         """
         C, H, W = shape
         r = max(self.weight.shape[-1] // 2, 1)

@@ -16,7 +16,7 @@ from run import RunError
 def objective(args, model, x, x_model=None):
     """The loss of one batch, or of this process's share of it (see processes.py).   (B, *shape) -> ()
 
-    x_model, for `sml`: the samples of the model, where they are drawn already (see `model_samples`).
+    x_model, for `sml`: this process's share of the samples, where they are drawn already (`model_samples`).
     """
     mine = processes.share(len(x))  # of the random numbers, too: all processes draw those of the whole batch
     if args.loss == "ml":
@@ -31,6 +31,7 @@ def objective(args, model, x, x_model=None):
 
 
 def model_samples(args, model):
+    """This process's share of draws of the model.   -> (n, *shape)"""
     return model.sample(args.model_samples)[processes.share(args.model_samples)]
 
 
@@ -146,8 +147,8 @@ def gradient_of(args, model, optimizer, graphed=None):
     if graphed is None:
         graphed = parameters[0].is_cuda
 
-    def whole(x, x_model=None):
-        return backward(objective(args, model, x, x_model), parameters)
+    def whole(x, *x_model):
+        return backward(objective(args, model, x, *x_model), parameters)
 
     if args.compile:
         gradient = compiled(whole)

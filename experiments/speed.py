@@ -10,8 +10,8 @@ in it, as torch's own counter of operations finds them, times the time of one su
 floor leaves out determinants and solves; `ml` and `sml` cannot do without. Nor is the time in it that the norm of the gradient,
 the optimiser and the moving average take to read and write every weight, which is printed beside it. Ten steps of one kind in
 a row, as in training, are timed at once, the kinds interleaved, so that a slow moment of the machine hits all of them, and the
-medians are printed; with --compile also those of compiled steps, and of --arch toy, the flow in the plane, of a plain
-implementation in float64.
+medians are printed; with --compile also those of compiled steps, and of --arch toy, the flow in the plane, of a plain step
+in float64. The learning rate is so small that the weights stay what they are.
 """
 
 import argparse
@@ -60,7 +60,7 @@ def timed(function, device):
 def training_step(loss, images, batch_size, device, arch="fc", *flags):
     """A function that does one whole step on random images of the training split, and one that does its passes over the weights."""
     samples = ["--model-samples", str(batch_size)] if loss == "sml" else []
-    a = parse(["--arch", arch, "--loss", loss, "--batch-size", str(batch_size), "--normalize", "center", *samples, *flags])
+    a = parse(["--arch", arch, "--loss", loss, "--batch-size", str(batch_size), "--normalize", "center", "--lr", "1e-8", *samples, *flags])
     pre, flow, image_model = (part.to(device) for part in build(a, images[:2000]))
     train_set = images.view(len(images), *flow.shape).to(device)
     optimizer = make_optimizer(a, trainable(flow))
@@ -96,7 +96,7 @@ def toy_step(loss, batch_size, device, *flags):
 
 
 def plain_toy_step(loss, batch_size, device):
-    """The same step as one would write it first: in float64, with torch's optimiser and average as they come."""
+    """The same flow and objective in float64, with gradients for all that has one, and torch's optimiser and average as they come."""
     a, toy, flow = toy_problem(loss, device)
     flow.double()
     optimizer = torch.optim.Adam(flow.parameters(), lr=a.lr)
@@ -113,7 +113,7 @@ def plain_toy_step(loss, batch_size, device):
 
 
 def toy_problem(loss, device, *flags):
-    (a,), _ = train_toy.parse(["--data", "swirl", "--loss", loss, *flags])
+    (a,), _ = train_toy.parse(["--data", "swirl", "--loss", loss, "--lr", "1e-8", *flags])
     a.sigma = torch.tensor(a.start_smoothing, device=device)
     return a, TOYS["swirl"](), toy_flow().to(device)
 
@@ -141,7 +141,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--arch", choices=[*DEFAULTS, "toy"], default="fc")
     parser.add_argument("--batch-size", type=int, help="100, of the toys 512")
-    parser.add_argument("--repeats", type=int, default=12)
+    parser.add_argument("--repeats", type=int, default=12, help="blocks of ten steps of each kind")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--compile", action="store_true", help="time compiled steps, too")
     a = parser.parse_args(argv)

@@ -57,7 +57,7 @@ def test_linear_masks_runs_and_writes_its_figure(tmp_path, capsys):
     assert all(nll > result["entropy"] for [nll] in result["nll"].values())
 
 
-@pytest.mark.parametrize("arch, loss", [("fc", "ssm"), ("cnn", "ml")])
+@pytest.mark.parametrize("arch, loss", [("fc", "ssm"), ("cnn", "ml"), ("glow", "dsm")])
 def test_imputation_and_generation_run_on_a_trained_model(tmp_path, capsys, arch, loss):
     data = tmp_path
     for name, n in (("train", 300), ("t10k", 40)):  # of each image a shade with noise, and the left half is bright

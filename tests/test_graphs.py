@@ -61,9 +61,9 @@ def test_the_loss_of_maximum_likelihood_in_two_parts_has_the_type_of_the_gradien
 
 
 @compiler
-@pytest.mark.parametrize("loss", train_mnist.LOSSES)
-def test_a_compiled_gradient_is_that_of_the_objective_and_draws_its_random_numbers(float64, loss):
-    args, flow, optimizer = settings("fc", loss, "cpu")
+@pytest.mark.parametrize("arch, loss", [*(("fc", loss) for loss in train_mnist.LOSSES), ("cnn", "ml"), ("glow", "sml")])
+def test_a_compiled_gradient_is_that_of_the_objective_and_draws_its_random_numbers(float64, arch, loss):
+    args, flow, optimizer = settings(arch, loss, "cpu")
     args.compile = True
     assert_gradient(args, flow, optimizer)
 

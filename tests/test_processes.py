@@ -46,7 +46,7 @@ def launch(*arguments):
                           capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("flags", [["--loss", "dsm"], ["--loss", "sml"], pytest.param(["--loss", "dsm", "--compile"], marks=compiler)], ids=str)
+@pytest.mark.parametrize("flags", [["--loss", "dsm"], ["--loss", "sml"], *(pytest.param(["--loss", loss, "--compile"], marks=compiler) for loss in ("dsm", "sml"))], ids=str)
 def test_two_processes_under_torchrun_end_where_one_does_and_only_the_first_writes(tmp_path, flags):
     data = small_data_set(tmp_path)
     shared = [*flags, "--data", str(data), "--epochs", "3", "--batch-size", "50", "--device", "cpu"]

@@ -68,7 +68,7 @@ def test_a_run_of_every_objective_leaves_its_files_and_improves(data, tmp_path, 
 
 @pytest.mark.parametrize("arch, loss", [(arch, loss) for arch in ("cnn", "glow") for loss in LOSSES])
 def test_a_run_of_every_other_architecture_and_objective_leaves_its_files_and_improves(data, tmp_path, arch, loss):
-    small = ["--width", "4", "--depth", "2"] if arch == "glow" else []
+    small = ["--width", "4", "--depth", "2", "--normalize", "center"] if arch == "glow" else []  # whitened, there is little to improve
     main(arguments(data, tmp_path, "--arch", arch, "--loss", loss, "--epochs", "4", "--lr", "1e-3", *small))
     metrics = rows(tmp_path)
     assert len(metrics) == 5 and (tmp_path / "samples.png").exists()
@@ -145,14 +145,18 @@ def test_the_nll_is_that_of_the_image_by_the_brute_force_jacobian(float64):
 def test_the_preprocessing_whitens_and_is_no_part_of_what_is_trained(data, arch):
     images = mnist(data)[0]
     args = parse(["--arch", arch, "--loss", "fdssm", "--normalize", "whiten"])
-    pre, flow, image_model = build(args, images)
+    pre, flow, _ = build(args, images)
     x = dequantize(images).view(len(images), *flow.shape)
     z = pre(x).flatten(1)
     assert z.mean(0).abs().max() < 0.1 and (torch.cov(z.T) - torch.eye(16)).abs().max() < 0.1
-    trained = [p for p in image_model.parameters() if p.requires_grad]
-    assert len(trained) == len([p for p in flow.parameters() if p.requires_grad])
+    assert not any(p.requires_grad for p in pre.parameters())
     torch.testing.assert_close(pre.inverse(pre(x)), x, rtol=1e-3, atol=0.1)
-    assert build(parse(["--loss", "ml"]), images)[0](images.flatten(1).float() + 0.5).mean(0).abs().max() < 0.5
+
+
+def test_centred_pixels_have_mean_0(data):
+    images = mnist(data)[0]
+    pre = build(parse(["--loss", "ml"]), images)[0]
+    assert pre(dequantize(images.flatten(1))).mean(0).abs().max() < 0.5
 
 
 def test_an_epoch_sees_every_image_once_but_those_that_do_not_fill_a_batch():
@@ -276,7 +280,7 @@ def test_the_averaged_weights_have_a_last_actnorm_at_their_own_moments(data, tmp
     images, worst = mnist(data)[0], {}
     for actnorm in ("moments", "trained"):
         main(arguments(data, tmp_path / actnorm, "--arch", "glow", "--width", "4", "--depth", "2", "--lr", "1e-2", "--epochs", "8",
-                       "--actnorm", actnorm))
+                       "--normalize", "center", "--actnorm", actnorm))
         _, pre, flow, _ = load(tmp_path / actnorm, images)
         worst[actnorm] = off(actnorm_outputs(flow, pre(dequantize(images[:1000])))[-1:])
     assert worst["moments"] < 0.1 < 0.3 < worst["trained"]
