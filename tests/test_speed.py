@@ -13,6 +13,20 @@ def test_a_step_does_as_many_products_as_the_readme_says(loss, products):
     assert count(loss, images, B) == products
 
 
+def test_the_time_of_a_step_is_the_median_over_blocks_of_ten(monkeypatch):
+    calls, blocks = [], iter([7.0, 1.0, 3.0])
+    monkeypatch.setattr(speed, "timed", lambda function, device: (function(), next(blocks))[1])
+    assert speed.interleaved({"step": lambda: calls.append(1)}, 3, torch.device("cpu")) == {"step": 0.3}
+    assert len(calls) == 1 + 3 * 10
+
+
+def test_the_plain_step_of_the_toys_is_in_float64(monkeypatch):
+    seen = []
+    monkeypatch.setattr(speed, "objective", lambda a, flow, x: (seen.append(x.dtype), flow.energy(x).mean())[1])
+    speed.plain_toy_step("dsm", 8, torch.device("cpu"))()
+    assert seen == [torch.float64]
+
+
 def test_the_table_of_the_toys_has_a_row_for_each_objective(capsys):
     speed.main(["--arch", "toy", "--batch-size", "8", "--repeats", "1", "--device", "cpu"])
     head, *rows = capsys.readouterr().out.splitlines()[1:]
