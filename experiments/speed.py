@@ -96,7 +96,7 @@ def toy_step(loss, batch_size, device, *flags):
 
 
 def plain_toy_step(loss, batch_size, device):
-    """The same flow and objective in float64, with gradients for all that has one, and torch's optimiser and average as they come."""
+    """The same flow and objective in float64, with gradients for the noisy points, too, and torch's optimiser and average as they come."""
     a, toy, flow = toy_problem(loss, device)
     flow.double()
     optimizer = torch.optim.Adam(flow.parameters(), lr=a.lr)
