@@ -41,14 +41,14 @@ MATRICES = COMMON | dict(
     actnorm="none",      # or a last layer more, which the one before could take in: an actnorm, "trained" or at its "moments"
 )
 LOSSES = ["ml", "sml", "ssm", "dsm", "fdssm"]
-NOISE = dict(noise=0.0)  # added to what the objective sees, as σ of dsm is: it then learns the smoothed density, too
+SLICED = dict(noise=0.0)  # added to what ssm and fdssm see, as σ of dsm is: they then learn the smoothed density, too
 DEFAULTS = {
     "fc": {
         "ml": MATRICES | dict(lr=6e-3, batch_size=200, epochs=40, bend=0.0),
         "sml": MATRICES | dict(lr=3e-3, batch_size=200, epochs=25, bend=0.0, model_samples=400),
-        "ssm": MATRICES | NOISE | dict(epochs=10, normalize="whiten"),
+        "ssm": MATRICES | SLICED | dict(epochs=10, normalize="whiten"),
         "dsm": MATRICES | dict(sigma=0.4),
-        "fdssm": MATRICES | NOISE | dict(batch_size=500, epochs=40, normalize="whiten", xi=1.0),
+        "fdssm": MATRICES | SLICED | dict(batch_size=500, epochs=40, normalize="whiten", xi=1.0),
     },
 }
 LIKELY = MATRICES | dict(epochs=5, lr=1e-2, normalize="scale", diagonal=0.6, bend=1.0)
@@ -81,25 +81,25 @@ PAPER = {
     "fc": {
         "ml": PUBLISHED | dict(s=0.5, bias=1.0),
         "sml": PUBLISHED | dict(s=0.5, bias=1.0, model_samples=100),
-        "ssm": PUBLISHED | NOISE | dict(s=0.5, bias=1.0),
+        "ssm": PUBLISHED | SLICED | dict(s=0.5, bias=1.0),
         "dsm": PUBLISHED | dict(s=0.5, bias=1.0, sigma=1.0),
-        "fdssm": PUBLISHED | NOISE | dict(s=0.5, bias=1.0, xi=1.0, clip=5.0),
+        "fdssm": PUBLISHED | SLICED | dict(s=0.5, bias=1.0, xi=1.0, clip=5.0),
     },
     "cnn": {
         "ml": PUBLISHED | dict(s=0.75, bias=0.01, decay=0.925),
         "sml": PUBLISHED | dict(s=0.75, bias=0.01, decay=0.925, model_samples=100),
-        "ssm": PUBLISHED | NOISE | dict(s=0.75, bias=0.01),
+        "ssm": PUBLISHED | SLICED | dict(s=0.75, bias=0.01),
         "dsm": PUBLISHED | dict(s=0.75, bias=0.01, sigma=0.1),
-        "fdssm": PUBLISHED | NOISE | dict(s=0.75, bias=0.01, xi=0.1, clip=5.0),
+        "fdssm": PUBLISHED | SLICED | dict(s=0.75, bias=0.01, xi=0.1, clip=5.0),
     },
 }
 PUBLISHED_GLOW = GLOW | dict(lr=1e-5, weight_decay=0.1, normalize="none", width=512, depth=16, schedule="steps", decay=1.0)
 PAPER["glow"] = {
     "ml": PUBLISHED_GLOW,
     "sml": PUBLISHED_GLOW | dict(model_samples=100),
-    "ssm": PUBLISHED_GLOW | NOISE,
+    "ssm": PUBLISHED_GLOW | SLICED,
     "dsm": PUBLISHED_GLOW | dict(sigma=0.1),
-    "fdssm": PUBLISHED_GLOW | NOISE | dict(xi=0.1),
+    "fdssm": PUBLISHED_GLOW | SLICED | dict(xi=0.1),
 }
 
 

@@ -32,15 +32,20 @@ def assert_gradient(args, flow, optimizer):
     gradient = gradient_of(args, flow, optimizer)
     for seed in range(3):
         x = torch.randn(10, *flow.shape, device=trainable(flow)[0].device)
-        torch.manual_seed(seed)
-        value = gradient(x).clone()
-        found = [p.grad.clone() for p in trainable(flow)]
-        torch.manual_seed(seed)
-        expected = objective(args, flow, x)
-        torch.testing.assert_close(value, expected.detach())
-        torch.testing.assert_close(found, [*torch.autograd.grad(expected, trainable(flow))])
+        value = assert_gradient_at(x, args, flow, gradient, seed)
         descend(args, value, optimizer)
         backward(objective(args, flow, x), trainable(flow))
+
+
+def assert_gradient_at(x, args, flow, gradient, seed=0):
+    torch.manual_seed(seed)
+    value = gradient(x).clone()
+    found = [p.grad.clone() for p in trainable(flow)]
+    torch.manual_seed(seed)
+    expected = objective(args, flow, x)
+    torch.testing.assert_close(value, expected.detach())
+    torch.testing.assert_close(found, [*torch.autograd.grad(expected, trainable(flow))])
+    return value
 
 
 @pytest.mark.parametrize("arch", FLOWS)
@@ -84,14 +89,7 @@ def test_a_compiled_gradient_follows_a_noise_that_falls(float64):
     gradient = gradient_of(args, flow, make_optimizer(args, trainable(flow)))
     for sigma in (6.0, 1.0, 0.375):
         args.sigma.fill_(sigma)
-        x = torch.randn(20, 2)
-        torch.manual_seed(0)
-        value = gradient(x)
-        found = [p.grad for p in trainable(flow)]
-        torch.manual_seed(0)
-        expected = objective(args, flow, x)
-        torch.testing.assert_close(value, expected.detach())
-        torch.testing.assert_close(found, [*torch.autograd.grad(expected, trainable(flow))])
+        assert_gradient_at(torch.randn(20, 2), args, flow, gradient)
 
 
 def test_where_there_is_no_compiler_the_error_is_one_line(tmp_path):

@@ -145,11 +145,13 @@ def test_the_nll_is_that_of_the_image_by_the_brute_force_jacobian(float64):
 def test_the_preprocessing_whitens_and_is_no_part_of_what_is_trained(data, arch):
     images = mnist(data)[0]
     args = parse(["--arch", arch, "--loss", "fdssm", "--normalize", "whiten"])
-    pre, flow, _ = build(args, images)
+    pre, flow, image_model = build(args, images)
     x = dequantize(images).view(len(images), *flow.shape)
     z = pre(x).flatten(1)
     assert z.mean(0).abs().max() < 0.1 and (torch.cov(z.T) - torch.eye(16)).abs().max() < 0.1
-    assert not any(p.requires_grad for p in pre.parameters())
+    trained = sum(p.numel() for p in image_model.parameters() if p.requires_grad)
+    assert trained == sum(p.numel() for p in flow.parameters() if p.requires_grad)
+    assert arch != "fc" or trained == 2 * 16 * 17
     torch.testing.assert_close(pre.inverse(pre(x)), x, rtol=1e-3, atol=0.1)
 
 
