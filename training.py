@@ -13,26 +13,18 @@ import processes
 from run import RunError
 
 
-def objective(args, model, x, x_model=None):
-    """The loss of one batch, or of this process's share of it (see processes.py).   (B, *shape) -> ()
-
-    x_model, for `sml`: this process's share of the samples, where they are drawn already (`model_samples`).
-    """
+def objective(args, model, x):
+    """The loss of one batch, or of this process's share of it (see processes.py).   (B, *shape) -> ()"""
     mine = processes.share(len(x))  # of the random numbers, too: all processes draw those of the whole batch
     if args.loss == "ml":
         return losses.ml(model.log_prob, x[mine])
     if args.loss == "sml":
-        return losses.sml(model.energy, x[mine], model_samples(args, model) if x_model is None else x_model)
+        return losses.sml(model.energy, x[mine], model.sample(args.model_samples)[processes.share(args.model_samples)])
     if args.loss == "ssm":
         return losses.ssm(model.energy, x[mine], losses.rademacher(x)[mine])
     if args.loss == "dsm":
         return losses.dsm(model.energy, x[mine], args.sigma, torch.randn_like(x)[mine], getattr(args, "targets", "own") == "pooled")
     return losses.fdssm(model.energy, x[mine], args.xi, losses.on_sphere(x, args.xi)[mine])
-
-
-def model_samples(args, model):
-    """This process's share of draws of the model.   -> (n, *shape)"""
-    return model.sample(args.model_samples)[processes.share(args.model_samples)]
 
 
 def trainable(model):
@@ -139,20 +131,19 @@ def compiled(function):
 def gradient_of(args, model, optimizer, graphed=None):
     """(B, …) -> (): the objective of a batch, whose gradient is left in the parameters.
 
-    With --compile, for a CPU, it is `compiled`, but for the draws of `sml`, by g⁻¹. `graphed`, by default on a GPU, it is
-    recorded (`Graphed`) as far as it does not wait for the GPU, as log Z does, which looks whether its determinants are
-    finite: score matching as a whole, of `ml` the energy, to whose gradient that of log Z is added, `sml` not at all.
+    With --compile, for a CPU, it is `compiled`. `graphed`, by default on a GPU, it is recorded (`Graphed`) as far as it does
+    not wait for the GPU, as log Z does, which looks whether its determinants are finite: score matching as a whole, of `ml`
+    the energy, to whose gradient that of log Z is added, `sml` not at all.
     """
     parameters = optimizer.param_groups[0]["params"]
     if graphed is None:
         graphed = parameters[0].is_cuda
 
-    def whole(x, *x_model):
-        return backward(objective(args, model, x, *x_model), parameters)
+    def whole(x):
+        return backward(objective(args, model, x), parameters)
 
     if args.compile:
-        gradient = compiled(whole)
-        return (lambda x: gradient(x, model_samples(args, model))) if args.loss == "sml" else gradient
+        return compiled(whole)
     if not graphed or args.loss == "sml":
         return whole
     if args.loss != "ml":

@@ -74,12 +74,18 @@ def test_a_compiled_gradient_is_that_of_the_objective_and_draws_its_random_numbe
 
 
 @compiler
-def test_a_compiled_loss_is_not_finite_where_a_weight_is_singular():
-    args, flow, optimizer = settings("fc", "ml", "cpu")
-    args.compile = True
-    with torch.no_grad():
-        flow.layers[0].weight[0] = 0
-    assert not gradient_of(args, flow, optimizer)(torch.randn(10, 16)).isfinite()  # at which `fit` stops
+def test_where_a_weight_is_singular_the_compiled_loss_is_not_finite_and_compiled_draws_raise():
+    for loss in ("ml", "sml"):
+        args, flow, optimizer = settings("fc", loss, "cpu")
+        args.compile = True
+        with torch.no_grad():
+            flow.layers[0].weight[0] = 0
+        gradient = gradient_of(args, flow, optimizer)
+        if loss == "ml":
+            assert not gradient(torch.randn(10, 16)).isfinite()  # at which `fit` stops
+        else:
+            with pytest.raises(torch.linalg.LinAlgError, match="singular"):
+                gradient(torch.randn(10, 16))
 
 
 @compiler
