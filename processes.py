@@ -47,13 +47,11 @@ def share(n):
     return slice(rank() * size, (rank() + 1) * size)
 
 
-def average(loss, parameters):
-    """Means over the processes: of the gradients, in place, and of the loss.   () -> ()"""
+def average(loss, gradient):
+    """Means over the processes: of the gradient (n,), in place, and of the loss.   () -> ()"""
     if count() == 1:
         return loss
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    flat = torch.cat([loss.view(1), *(g.flatten() for g in gradients)]) / count()
+    flat = torch.cat([loss.view(1), gradient]) / count()
     dist.all_reduce(flat)  # one message
-    for gradient, mean in zip(gradients, flat[1:].split([g.numel() for g in gradients])):
-        gradient.copy_(mean.view_as(gradient))
+    gradient.copy_(flat[1:])
     return flat[0]

@@ -19,7 +19,7 @@ from ebflow import EBFlow, cnn_flow, fc_flow, glow_flow, logit_preprocessing, to
 from layers import (ActNorm, AffineCoupling, Conv1x1, Convolution, FullyConnected, LinearLayer, Logit,
                     SmoothLeakyReLU, Squeeze, Standardize)
 from train_mnist import DEFAULTS, LOSSES
-from training import make_optimizer, train_step
+from training import as_vector, make_optimizer, train_step
 
 
 @pytest.fixture(autouse=True)
@@ -222,7 +222,7 @@ def settings(loss):
 def one_training_step(flow, loss):
     a = settings(loss)
     x = torch.randn(4, *flow.shape)
-    return train_step(a, flow, x, make_optimizer(a, list(flow.parameters())))
+    return train_step(a, flow, x, make_optimizer(a, flow))
 
 
 @architectures
@@ -458,5 +458,5 @@ def test_a_training_step_runs_on_the_meta_device(architecture, loss):
     flow = ARCHITECTURES[architecture]().to("meta")
     a = settings(loss)
     x = torch.randn(4, *flow.shape, device="meta")
-    result = train_step(a, flow, x, torch.optim.Adam(flow.parameters()))
+    result = train_step(a, flow, x, torch.optim.Adam([as_vector([*flow.parameters()])]))
     assert result.device.type == "meta"

@@ -40,7 +40,7 @@ from flags import OPTIMIZATION, add_run_flags, add_settings, configuration, pick
 from layers import FullyConnected, Standardize
 from run import Run, RunError, one_line_errors
 from sampling import SamplingError, alternate
-from training import MovingAverage, learning_rate, make_optimizer, trainable, update
+from training import MovingAverage, learning_rate, make_optimizer, restore, update
 
 # The settings that a flag of the same name changes.
 COMMON = OPTIMIZATION | dict(
@@ -145,9 +145,9 @@ def advance(args, model, chains, step_size):
 def train_step(args, model, chains, step_size, x, optimizer, flow_optimizer):
     """The chains move, θ follows sml, α follows ml.   -> chains (B, D), step size (), the figures of TRACE (6,)"""
     chains, report = advance(args, model, chains, step_size)
-    trace = [*update(args, losses.sml(model.energy, x, chains), optimizer)]
+    trace = [*update(args, losses.sml(model.energy, x, chains), model.energy, optimizer)]
     none = torch.zeros_like(trace[0])
-    trace += update(args, losses.ml(model.flow.log_prob, chains), flow_optimizer) if model.flow else [none, none]
+    trace += update(args, losses.ml(model.flow.log_prob, chains), model.flow, flow_optimizer) if model.flow else [none, none]
     trace += [none if share is None else share.mean() for share in (report.acceptance, report.global_acceptance)]
     if args.adjusted:  # θ changes while the chains run, and the best step size with it; see sampling.tune
         step_size = step_size * (0.05 * (report.acceptance.mean() - args.target)).exp()
@@ -186,10 +186,10 @@ def start(args, model, data, device):
     The model's flow starts as that one, and with --base flow so does the base, and stays it.
     """
     flow = make_flow(args, data.sample(5000, device))
-    optimizer = make_optimizer(args, trainable(flow))
+    optimizer = make_optimizer(args, flow)
     for step in tqdm(range(args.start_steps), desc="the flow, to the data", leave=False, dynamic_ncols=True):
         optimizer.param_groups[0]["lr"] = args.flow_lr * min(1.0, 2 - 2 * step / args.start_steps)
-        update(args, losses.ml(flow.log_prob, data.sample(args.batch_size, device)), optimizer)
+        update(args, losses.ml(flow.log_prob, data.sample(args.batch_size, device)), flow, optimizer)
     for part in (model.flow, model.energy.base if args.base == "flow" else None):
         if part is not None:
             part.load_state_dict(flow.state_dict())
@@ -207,13 +207,12 @@ def train(args):
     if not run.state and "flow" in (args.sampler, args.base):
         start(args, model, data, device)
     average = MovingAverage(model, args.ema_decay)
-    optimizers = [make_optimizer(args, trainable(part)) if part else None for part in (model.energy, model.flow)]
+    optimizers = [make_optimizer(args, part) if part else None for part in (model.energy, model.flow)]
     names = ("model", "average", "optimizer", "flow_optimizer")
     parts = {name: part for name, part in zip(names, (model, average, *optimizers)) if part}
     judged = average.model if args.ema else model
     if run.state:
-        for name, part in parts.items():
-            part.load_state_dict(run.state[name])
+        restore(parts, run.state)
         chains, step_size = (run.state[name].to(device) for name in ("chains", "step_size"))
         clock += run.metrics[-1]["seconds"]
     else:  # as many chains in each mode, which is wrong: to put it right is the sampler's task

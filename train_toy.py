@@ -21,7 +21,7 @@ from data import TOYS, Toy
 from ebflow import toy_flow
 from flags import OPTIMIZATION, add_compile_flag, add_run_flags, add_settings, configuration, pick_device, with_settings
 from run import Run, RunError, curves, image, lattice, one_line_errors, read_checkpoint, save_picture
-from training import MovingAverage, fit, make_optimizer, trainable
+from training import MovingAverage, fit, make_optimizer
 
 # The settings that a flag of the same name changes.
 COMMON = OPTIMIZATION | dict(
@@ -65,7 +65,7 @@ def train(args):
             args.sigma.fill_(std)  # dsm sees the bare points and adds the noise itself: its minimiser is p, too
             yield toy.sample(args.batch_size, device, 0.0 if args.loss == "dsm" else std).to(dtype)
 
-    best = fit(args, run, flow, MovingAverage(flow, args.ema_decay), make_optimizer(args, trainable(flow)), seen=flow,
+    best = fit(args, run, flow, MovingAverage(flow, args.ema_decay), make_optimizer(args, flow), seen=flow,
                minibatches=minibatches, steps=args.steps, evaluate=lambda model: divergences("val", model, *val))
 
     flow.load_state_dict(best["model"])

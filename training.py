@@ -6,6 +6,7 @@ import math
 import time
 
 import torch
+from torch.nn.utils import clip_grads_with_norm_, parameters_to_vector, vector_to_parameters
 from tqdm import tqdm
 
 import losses
@@ -31,39 +32,56 @@ def trainable(model):
     return [p for p in model.parameters() if p.requires_grad]
 
 
-def make_optimizer(args, parameters):
+def as_vector(parameters):
+    """One vector θ, of which the parameters are views from now on, with a gradient.   -> (n,)
+
+    So that optimiser, clipping and processes pass over one tensor, and not over a hundred small ones.
+    """
+    theta = torch.nn.Parameter(parameters_to_vector(parameters).detach())
+    vector_to_parameters(theta.detach(), parameters)
+    theta.grad = torch.zeros_like(theta)
+    return theta
+
+
+def make_optimizer(args, model):
+    """Of what is trained in the model, as one vector (`as_vector`)."""
+    theta = as_vector(trainable(model))
     if args.optimizer == "rmsprop":
-        return torch.optim.RMSprop(parameters, lr=args.lr)
-    return torch.optim.Adam(parameters, lr=args.lr, weight_decay=args.weight_decay, fused=True)
+        return torch.optim.RMSprop([theta], lr=args.lr)
+    return torch.optim.Adam([theta], lr=args.lr, weight_decay=args.weight_decay, fused=True)
+
+
+def theta_of(optimizer):
+    return optimizer.param_groups[0]["params"][0]
 
 
 def train_step(args, model, x, optimizer):
     """One update of the parameters.   -> (2,): the loss and the norm of its gradient, still on the device"""
-    return torch.stack(update(args, objective(args, model, x), optimizer))
+    return torch.stack(update(args, objective(args, model, x), model, optimizer))
 
 
-def update(args, loss, optimizer):
-    """One step of the optimizer down the loss.   -> the loss and the norm of its gradient, () each"""
-    return descend(args, backward(loss, optimizer.param_groups[0]["params"]), optimizer)
+def update(args, loss, model, optimizer):
+    """One step of the optimizer down the loss, for the model whose θ it has.   -> the loss and the norm of its gradient, () each"""
+    gradient(loss, trainable(model), out=theta_of(optimizer).grad)
+    return descend(args, loss.detach(), optimizer)
 
 
-def backward(loss, parameters):
-    """Leaves the gradient of the loss in the parameters.   -> the loss, ()"""
-    for p in parameters:
-        p.grad = None
-    # `inputs`: the noisy image is a leaf as well, and would be given a gradient that nobody reads. `backward`, not
-    # `autograd.grad`: it lays the gradients out as the weights are, and fused Adam on a CPU takes that for granted.
-    loss.backward(inputs=parameters)
-    return loss.detach()
+def gradient(loss, parameters, out=None):
+    """∇_θ of the loss, where it does not depend on a parameter 0.   -> (n,)
+
+    For these alone: the noisy image is a leaf as well, and would be given a gradient that nobody reads.
+    """
+    parts = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
+    return torch.cat([part.flatten() for part in parts], out=out)
 
 
 def descend(args, loss, optimizer):
-    """One step of the optimizer down the gradient that the parameters hold.   -> loss and norm, as `update`"""
-    parameters = optimizer.param_groups[0]["params"]
-    loss = processes.average(loss, parameters)
-    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    """One step of the optimizer down the gradient that its θ holds.   -> loss and norm, as `update`"""
+    theta = theta_of(optimizer)
+    loss = processes.average(loss, theta.grad)
+    norm = theta.grad.norm()
     if args.clip:
-        torch.nn.utils.clip_grads_with_norm_(parameters, args.clip, norm)
+        clip_grads_with_norm_(theta, args.clip, norm)
     optimizer.step()
     return loss, norm
 
@@ -73,13 +91,12 @@ class Graphed:
 
     A step on a small batch is hundreds of short kernels, and python takes longer to start one than the GPU to run it. What is
     recorded must not wait for the GPU, nor depend on numbers of python that change: a σ that falls is a tensor, and filled.
-    Tensors that it reads are changed in place only. Random numbers are drawn anew in every replay. The function leaves gradients
-    in `parameters`, if it does. Where x is not on a GPU, it is the function itself. Raises ValueError where x has another shape than
-    the first one.
+    Tensors that it reads or writes are changed in place only. Random numbers are drawn anew in every replay. Where x is not on a GPU,
+    it is the function itself. Raises ValueError where x has another shape than the first one.
     """
 
-    def __init__(self, function, parameters=()):
-        self.function, self.parameters, self.graph = function, parameters, None
+    def __init__(self, function):
+        self.function, self.graph = function, None
 
     def __call__(self, x):
         if not x.is_cuda:
@@ -91,8 +108,6 @@ class Graphed:
                 raise ValueError(f"recorded for batches of shape {tuple(self.x.shape)}, not {tuple(x.shape)}")
             self.x.copy_(x)
             self.graph.replay()
-        for p, gradient in zip(self.parameters, self.gradients):
-            p.grad = gradient
         return self.value  # the next call writes over it
 
     def _record(self, x):
@@ -106,7 +121,7 @@ class Graphed:
             torch.cuda.current_stream().wait_stream(stream)
             with torch.cuda.graph(graph):
                 self.value = self.function(self.x)
-        self.graph, self.gradients = graph, [p.grad for p in self.parameters]
+        self.graph = graph
 
 
 def compiled(function):
@@ -129,30 +144,34 @@ def compiled(function):
 
 
 def gradient_of(args, model, optimizer, graphed=None):
-    """(B, …) -> (): the objective of a batch, whose gradient is left in the parameters.
+    """(B, …) -> (): the objective of a batch, whose gradient is left in that of the optimizer's θ.
 
     With --compile, for a CPU, it is `compiled`. `graphed`, by default on a GPU, it is recorded (`Graphed`) as far as it does
     not wait for the GPU, as log Z does, which looks whether its determinants are finite: score matching as a whole, of `ml`
     the energy, to whose gradient that of log Z is added, `sml` not at all.
     """
-    parameters = optimizer.param_groups[0]["params"]
+    parameters, theta = trainable(model), theta_of(optimizer)
     if graphed is None:
-        graphed = parameters[0].is_cuda
+        graphed = theta.is_cuda
+
+    def down(loss):
+        gradient(loss, parameters, out=theta.grad)
+        return loss.detach()
 
     def whole(x):
-        return backward(objective(args, model, x), parameters)
+        return down(objective(args, model, x))
 
     if args.compile:
         return compiled(whole)
     if not graphed or args.loss == "sml":
         return whole
     if args.loss != "ml":
-        return Graphed(whole, parameters)
-    energy = Graphed(lambda x: backward(model.energy(x[processes.share(len(x))]).mean(), parameters), parameters)
+        return Graphed(whole)
+    energy = Graphed(lambda x: down(model.energy(x[processes.share(len(x))]).mean()))
 
     def in_two_parts(x):
         loss, log_z = energy(x), model.log_z()
-        log_z.backward(inputs=parameters)
+        theta.grad += gradient(log_z, parameters)
         return loss + log_z.detach().to(loss)
 
     return in_two_parts
@@ -226,8 +245,7 @@ def fit(args, run, model, average, optimizer, seen, minibatches, steps, evaluate
     gradient = gradient_of(args, seen, optimizer)
     parts = {"model": model, "average": average, "optimizer": optimizer}
     if run.state:
-        for name, part in parts.items():
-            part.load_state_dict(run.state[name])
+        restore(parts, run.state)
         done, best, seconds = run.state["epoch"], run.state["best"], run.metrics[-1]["seconds"]
     else:
         done, best, seconds = 0, {"val_nll": math.inf}, 0.0
@@ -252,6 +270,15 @@ def fit(args, run, model, average, optimizer, seen, minibatches, steps, evaluate
     return best
 
 
+def restore(parts, state):
+    """Puts back what a checkpoint holds of each part. Raises RunError where it does not fit."""
+    try:
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+    except (KeyError, ValueError, RuntimeError):  # of torch, when names or shapes differ
+        raise RunError("the checkpoint was written by another version of this code: start anew with --overwrite") from None
+
+
 def train_epoch(args, epoch, gradient, average, optimizer, minibatches, steps, bar):
     """`steps` updates down a gradient (see `gradient_of`).   -> (steps, 2): loss and gradient norm of each
 
@@ -259,7 +286,7 @@ def train_epoch(args, epoch, gradient, average, optimizer, minibatches, steps, b
     on the device and is read every 50 steps: a GPU need not wait for the bar.
     """
     torch.manual_seed(1_000_003 * args.seed + epoch)
-    trace = torch.empty(steps, 2, device=average.parameters[0].device)
+    trace = torch.empty(steps, 2, device=theta_of(optimizer).device)
     for step, x in enumerate(minibatches(epoch)):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(args, epoch, (epoch - 1 + step / steps) / args.epochs)

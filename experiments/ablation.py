@@ -24,7 +24,7 @@ from experiments import record, recorded
 from experiments.toys import interval
 from flags import pick_device
 from run import RunError, one_line_errors, save_picture
-from training import MovingAverage, fast_matmul, gradient_of, make_optimizer, train_epoch, trainable
+from training import MovingAverage, fast_matmul, gradient_of, make_optimizer, train_epoch
 
 OBJECTIVES = ["ssm", "dsm", "fdssm"]
 CURVE = 1000  # steps
@@ -36,7 +36,7 @@ def train(args, splits, device):
     pre, flow, image_model = (part.to(device) for part in train_mnist.build(args, splits[0]))
     train_set, _, test_set = (x.view(len(x), *flow.shape).to(device) for x in splits)
     average = MovingAverage(image_model, args.ema_decay)
-    optimizer = make_optimizer(args, trainable(image_model))
+    optimizer = make_optimizer(args, image_model)
     steps = len(train_set) // args.batch_size
     seen = flow if args.map else image_model
     gradient = gradient_of(args, seen, optimizer)

@@ -37,7 +37,7 @@ from experiments.speed import timed
 from flags import pick_device
 from layers import FullyConnected
 from run import RunError, one_line_errors, save_picture
-from training import MovingAverage, checked, fast_matmul, gradient_of, make_optimizer, train_epoch, trainable
+from training import MovingAverage, checked, fast_matmul, gradient_of, make_optimizer, train_epoch
 
 LEVELS = (1105, 1080, 1060)  # nats of validation NLL, the time to reach which is in the table
 STARTS = ("center", "whiten")
@@ -167,7 +167,7 @@ def train(name, normalize, flags, steps, every, splits, device, digits=1, until=
     rival = {"ml": ExactLayer, "relative": RelativeLayer, "self-norm": SelfNormalizingLayer}.get(name)
     seen = Rival(flow, rival) if rival else flow
     average = MovingAverage(image_model, args.ema_decay)
-    optimizer = make_optimizer(args, trainable(seen))
+    optimizer = make_optimizer(args, seen)
     gradient = gradient_of(args, seen, optimizer)
 
     def minibatches(epoch):

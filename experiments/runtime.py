@@ -84,7 +84,7 @@ def measure(arch, shape, batch_size, device, rate, longest, seconds):
     args = {loss: arguments(arch, loss, batch_size) for loss in LOSSES if rows[loss]["operations"] < rate * longest}
     if not args:
         return [*rows.values()]
-    optimizer = make_optimizer(next(iter(args.values())), trainable(flow))  # one for all: they are never timed together
+    optimizer = make_optimizer(next(iter(args.values())), flow)  # one for all: they are never timed together
     gradients = {loss: gradient_of(a, flow, optimizer) for loss, a in args.items()}
     times = {loss: [] for loss in args}
 

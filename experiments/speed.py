@@ -27,7 +27,7 @@ import train_toy
 from data import MNIST, TOYS, mnist
 from ebflow import toy_flow
 from train_mnist import DEFAULTS, LOSSES, build, minibatch, parse
-from training import Graphed, MovingAverage, descend, fast_matmul, gradient_of, make_optimizer, objective, trainable
+from training import Graphed, MovingAverage, descend, fast_matmul, gradient_of, make_optimizer, objective, theta_of
 
 
 class FlopCounter(TorchDispatchMode):
@@ -63,7 +63,7 @@ def training_step(loss, images, batch_size, device, arch="fc", *flags):
     a = parse(["--arch", arch, "--loss", loss, "--batch-size", str(batch_size), "--normalize", "center", "--lr", "1e-8", *samples, *flags])
     pre, flow, image_model = (part.to(device) for part in build(a, images[:2000]))
     train_set = images.view(len(images), *flow.shape).to(device)
-    optimizer = make_optimizer(a, trainable(flow))
+    optimizer = make_optimizer(a, flow)
     average = MovingAverage(image_model, a.ema_decay)
     gradient = gradient_of(a, flow, optimizer)
 
@@ -74,7 +74,7 @@ def training_step(loss, images, batch_size, device, arch="fc", *flags):
         average.update()
 
     def passes():
-        torch.nn.utils.get_total_norm([p.grad for p in average.parameters])
+        theta_of(optimizer).grad.norm()
         optimizer.step()
         average.update()
 
@@ -84,7 +84,7 @@ def training_step(loss, images, batch_size, device, arch="fc", *flags):
 def toy_step(loss, batch_size, device, *flags):
     """A function that does one whole step on fresh points of the swirl."""
     a, toy, flow = toy_problem(loss, device, *flags)
-    optimizer = make_optimizer(a, trainable(flow))
+    optimizer = make_optimizer(a, flow)
     average = MovingAverage(flow, a.ema_decay)
     gradient = gradient_of(a, flow, optimizer)
 

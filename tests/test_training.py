@@ -1,0 +1,72 @@
+"""The parameters as one vector: a step of it is a step of theirs."""
+
+import pytest
+import torch
+
+from conftest import failing
+from ebflow import fc_flow, toy_flow
+from train_mnist import parse
+from train_toy import main
+from training import MovingAverage, as_vector, gradient, make_optimizer, objective, theta_of, train_step, trainable
+
+
+def test_the_parameters_are_views_of_the_vector(float64):
+    flow = toy_flow(blocks=2, width=8)
+    flow.layers[0].weight.requires_grad_(False)
+    before = [p.detach().clone() for p in trainable(flow)]
+    theta = as_vector(trainable(flow))
+    assert torch.equal(theta, torch.cat([p.flatten() for p in before])) and len(theta) == sum(p.numel() for p in flow.parameters()) - 4
+    with torch.no_grad():
+        theta += 1  # as an optimiser does
+    torch.testing.assert_close([p.detach() for p in trainable(flow)], [p + 1 for p in before])
+    flow.load_state_dict({name: torch.zeros_like(p) for name, p in flow.state_dict().items()})  # as `restore` does
+    assert not theta.any()
+
+
+@pytest.mark.parametrize("flags", [[], ["--clip", "0.1"], ["--weight-decay", "0.1"], ["--optimizer", "rmsprop"]], ids=str)
+def test_steps_down_the_vector_are_steps_of_each_parameter(float64, flags):
+    args = parse(["--loss", "ssm", "--lr", "1e-2", *flags])
+    x, ours, theirs = torch.randn(50, 3), fc_flow(3, bend=1.0), fc_flow(3, bend=1.0)
+    optimizer = make_optimizer(args, ours)
+    kind = torch.optim.RMSprop if "rmsprop" in flags else torch.optim.Adam
+    expected = kind(theirs.parameters(), lr=args.lr, weight_decay=args.weight_decay)
+    for step in range(5):
+        torch.manual_seed(step)
+        loss, norm = train_step(args, ours, x, optimizer)
+        torch.manual_seed(step)
+        expected.zero_grad()
+        value = objective(args, theirs, x)
+        value.backward()
+        assert norm == pytest.approx(torch.nn.utils.clip_grad_norm_(theirs.parameters(), args.clip or torch.inf).item())
+        assert loss == pytest.approx(value.item())
+        expected.step()
+    torch.testing.assert_close(dict(ours.named_parameters()), dict(theirs.named_parameters()))
+
+
+def test_a_parameter_that_the_loss_does_not_see_has_gradient_0():
+    flow = fc_flow(3)
+    theta = make_optimizer(parse([]), flow)
+    found = gradient(flow.log_z(), trainable(flow), out=theta_of(theta).grad)
+    assert found is theta_of(theta).grad and found.any()
+    for p, g in zip(trainable(flow), found.split([p.numel() for p in trainable(flow)])):
+        assert g.any() == (p.dim() == 2)  # the matrices alone have a determinant
+
+
+def test_the_moving_average_is_no_view_of_what_it_follows():
+    flow = fc_flow(3, bend=1.0)
+    theta = as_vector(trainable(flow))
+    average = MovingAverage(flow, 0.5)
+    with torch.no_grad():
+        theta += 1
+    assert torch.equal(average.model.layers[0].weight, torch.eye(3))
+    average.update()  # the first takes all
+    torch.testing.assert_close(average.model.layers[0].weight, flow.layers[0].weight)
+
+
+def test_a_checkpoint_of_another_version_is_one_line(tmp_path, capsys):
+    arguments = ["--loss", "ml", "--blocks", "1", "--epochs", "1", "--steps", "2", "--test-points", "40", "--device", "cpu", "--out", str(tmp_path)]
+    main(arguments)
+    checkpoint = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    checkpoint["state"]["optimizer"] = torch.optim.Adam(toy_flow(blocks=1).parameters()).state_dict()  # of many tensors
+    torch.save(checkpoint, tmp_path / "checkpoint.pt")
+    assert "written by another version of this code: start anew with --overwrite" in failing(main)(capsys, *arguments, "--resume")
