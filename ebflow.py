@@ -46,7 +46,7 @@ class EBFlow(nn.Module):
         return self._transform(x)[0]
 
     def inverse(self, u):
-        """x = g⁻¹(u). Raises torch.linalg.LinAlgError, with the layer's name, where a weight is singular."""
+        """x = g⁻¹(u). Raises torch.linalg.LinAlgError, with the layer's name (but not where it is compiled), where a weight is singular."""
         for i, layer in reversed(list(enumerate(self.layers))):
             try:
                 u = layer.inverse(u)

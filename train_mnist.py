@@ -51,7 +51,7 @@ DEFAULTS = {
         "fdssm": MATRICES | SLICED | dict(batch_size=500, epochs=40, normalize="whiten", xi=1.0),
     },
 }
-CONVOLUTIONS = MATRICES | dict(normalize="whiten")  # which takes more images than pixels: without, each ends 30 to 50 nats higher
+CONVOLUTIONS = MATRICES | dict(normalize="whiten")  # needs more images than pixels; without it each ends 30 to 50 nats higher
 LIKELY = CONVOLUTIONS | dict(epochs=5, lr=1e-2, diagonal=0.6, bend=1.0)
 MATCHED = CONVOLUTIONS | dict(epochs=6, lr=5e-4, diagonal=-0.6, bend=0.0, actnorm="moments")
 DEFAULTS["cnn"] = {

@@ -6,7 +6,7 @@ import math
 import time
 
 import torch
-from torch.nn.utils import clip_grads_with_norm_, parameters_to_vector, vector_to_parameters
+from torch.nn.utils import clip_grads_with_norm_, vector_to_parameters
 from tqdm import tqdm
 
 import losses
@@ -29,22 +29,24 @@ def objective(args, model, x):
 
 
 def trainable(model):
-    return [p for p in model.parameters() if p.requires_grad]
+    """What is trained, tensors of a multiple of 4 elements first: in one vector they start at 16 bytes, as products like them."""
+    return sorted((p for p in model.parameters() if p.requires_grad), key=lambda p: p.numel() % 4 > 0)
 
 
 def as_vector(parameters):
-    """One vector θ, of which the parameters are views from now on, with a gradient.   -> (n,)
+    """One vector θ, of which the parameters are views from now on, and its gradient, 0.   -> (n,)
 
-    So that optimiser, clipping and processes pass over one tensor, and not over a hundred small ones.
+    Optimiser, norm and clipping then pass over one tensor. The toys have 102, and a call for each costs more than its arithmetic.
+    A model that is moved to another device or type afterwards is no view any more.
     """
-    theta = torch.nn.Parameter(parameters_to_vector(parameters).detach())
+    theta = torch.nn.Parameter(torch.cat([p.detach().flatten() for p in parameters]))
     vector_to_parameters(theta.detach(), parameters)
     theta.grad = torch.zeros_like(theta)
     return theta
 
 
 def make_optimizer(args, model):
-    """Of what is trained in the model, as one vector (`as_vector`)."""
+    """Of what is trained in the model, from now on one vector (`as_vector`)."""
     theta = as_vector(trainable(model))
     if args.optimizer == "rmsprop":
         return torch.optim.RMSprop([theta], lr=args.lr)
@@ -62,16 +64,21 @@ def train_step(args, model, x, optimizer):
 
 def update(args, loss, model, optimizer):
     """One step of the optimizer down the loss, for the model whose θ it has.   -> the loss and the norm of its gradient, () each"""
-    gradient(loss, trainable(model), out=theta_of(optimizer).grad)
-    return descend(args, loss.detach(), optimizer)
+    return descend(args, backward(loss, trainable(model), theta_of(optimizer)), optimizer)
 
 
-def gradient(loss, parameters, out=None):
-    """∇_θ of the loss, where it does not depend on a parameter 0.   -> (n,)
+def backward(loss, parameters, theta):
+    """Leaves the gradient of the loss in that of θ, the vector of the parameters.   -> the loss, ()"""
+    gradient_vector(loss, parameters, out=theta.grad)
+    return loss.detach()
 
-    For these alone: the noisy image is a leaf as well, and would be given a gradient that nobody reads.
+
+def gradient_vector(loss, parameters, out=None):
+    """∇_θ of the loss, 0 for a parameter that it does not depend on.   -> (n,)
+
+    For the parameters alone: the noisy image is a leaf as well, and would be given a gradient that nobody reads.
     """
-    parts = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
+    parts = torch.autograd.grad(loss, parameters, materialize_grads=True)
     return torch.cat([part.flatten() for part in parts], out=out)
 
 
@@ -148,18 +155,17 @@ def gradient_of(args, model, optimizer, graphed=None):
 
     With --compile, for a CPU, it is `compiled`. `graphed`, by default on a GPU, it is recorded (`Graphed`) as far as it does
     not wait for the GPU, as log Z does, which looks whether its determinants are finite: score matching as a whole, of `ml`
-    the energy, to whose gradient that of log Z is added, `sml` not at all.
+    the energy, to whose gradient that of log Z is added, `sml` not at all. Raises ValueError where θ is not the model's.
     """
     parameters, theta = trainable(model), theta_of(optimizer)
+    sizes = [p.numel() for p in parameters]
+    if sum(sizes) != len(theta) or any(p.data_ptr() != part.data_ptr() for p, part in zip(parameters, theta.split(sizes))):
+        raise ValueError("the optimizer is of another model, or the model was moved since it was made")
     if graphed is None:
         graphed = theta.is_cuda
 
-    def down(loss):
-        gradient(loss, parameters, out=theta.grad)
-        return loss.detach()
-
     def whole(x):
-        return down(objective(args, model, x))
+        return backward(objective(args, model, x), parameters, theta)
 
     if args.compile:
         return compiled(whole)
@@ -167,11 +173,11 @@ def gradient_of(args, model, optimizer, graphed=None):
         return whole
     if args.loss != "ml":
         return Graphed(whole)
-    energy = Graphed(lambda x: down(model.energy(x[processes.share(len(x))]).mean()))
+    energy = Graphed(lambda x: backward(model.energy(x[processes.share(len(x))]).mean(), parameters, theta))
 
     def in_two_parts(x):
         loss, log_z = energy(x), model.log_z()
-        theta.grad += gradient(log_z, parameters)
+        theta.grad += gradient_vector(log_z, parameters)
         return loss + log_z.detach().to(loss)
 
     return in_two_parts
@@ -275,6 +281,8 @@ def restore(parts, state):
     try:
         for name, part in parts.items():
             part.load_state_dict(state[name])
+    except torch.OutOfMemoryError:
+        raise
     except (KeyError, ValueError, RuntimeError):  # of torch, when names or shapes differ
         raise RunError("the checkpoint was written by another version of this code: start anew with --overwrite") from None
 

@@ -4,7 +4,7 @@
     python -m experiments.speed --arch cnn --compile
     python -m experiments.speed --arch toy --compile
 
-A step is everything that training does for one batch: indexing, dequantisation, pre-processing, objective,
+A step is everything that training does for one batch: indexing, dequantisation, pre-processing (each pixel centred), objective,
 gradient, optimiser, moving average. The floor of --arch fc is the number of products of a (batch × D) with a (D × D) matrix
 in it, as torch's own counter of operations finds them, times the time of one such product in the same run. The
 floor leaves out determinants and solves; `ml` and `sml` cannot do without. Nor is the time in it that the norm of the gradient,

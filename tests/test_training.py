@@ -7,12 +7,13 @@ from conftest import failing
 from ebflow import fc_flow, toy_flow
 from train_mnist import parse
 from train_toy import main
-from training import MovingAverage, as_vector, gradient, make_optimizer, objective, theta_of, train_step, trainable
+from training import MovingAverage, as_vector, gradient_of, gradient_vector, make_optimizer, objective, theta_of, train_step, trainable
 
 
 def test_the_parameters_are_views_of_the_vector(float64):
     flow = toy_flow(blocks=2, width=8)
     flow.layers[0].weight.requires_grad_(False)
+    flow.layers[3].weight = torch.nn.Parameter(torch.randn(2, 2).T)  # by columns, as inverses are
     before = [p.detach().clone() for p in trainable(flow)]
     theta = as_vector(trainable(flow))
     assert torch.equal(theta, torch.cat([p.flatten() for p in before])) and len(theta) == sum(p.numel() for p in flow.parameters()) - 4
@@ -45,11 +46,28 @@ def test_steps_down_the_vector_are_steps_of_each_parameter(float64, flags):
 
 def test_a_parameter_that_the_loss_does_not_see_has_gradient_0():
     flow = fc_flow(3)
-    theta = make_optimizer(parse([]), flow)
-    found = gradient(flow.log_z(), trainable(flow), out=theta_of(theta).grad)
-    assert found is theta_of(theta).grad and found.any()
+    theta = theta_of(make_optimizer(parse([]), flow))
+    found = gradient_vector(flow.log_z(), trainable(flow), out=theta.grad)
+    assert found is theta.grad and found.any()
     for p, g in zip(trainable(flow), found.split([p.numel() for p in trainable(flow)])):
         assert g.any() == (p.dim() == 2)  # the matrices alone have a determinant
+
+
+def test_theta_of_another_model_or_of_one_that_was_moved_is_refused():
+    args, flow = parse(["--loss", "ssm"]), fc_flow(3)
+    optimizer = make_optimizer(args, flow)
+    gradient_of(args, flow, optimizer)
+    for other in (fc_flow(3), fc_flow(4)):
+        with pytest.raises(ValueError, match="of another model"):
+            gradient_of(args, other, optimizer)
+    with pytest.raises(ValueError, match="was moved"):
+        gradient_of(args, flow.double(), optimizer)
+
+
+def test_every_matrix_starts_at_16_bytes():
+    flow = toy_flow(blocks=2, width=8)
+    as_vector(trainable(flow))
+    assert all(p.data_ptr() % 16 == 0 for p in trainable(flow) if p.numel() % 4 == 0) and any(p.data_ptr() % 16 for p in trainable(flow))
 
 
 def test_the_moving_average_is_no_view_of_what_it_follows():
