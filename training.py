@@ -33,12 +33,13 @@ def trainable(model):
     return sorted((p for p in model.parameters() if p.requires_grad), key=lambda p: p.numel() % 4 > 0)
 
 
-def as_vector(parameters):
-    """One vector θ, of which the parameters are views from now on, and its gradient, 0.   -> (n,)
+def as_vector(model):
+    """One vector θ, of which what is trained in the model are views from now on, and its gradient, 0.   -> (n,)
 
     Optimiser, norm and clipping then pass over one tensor. The toys have 102, and a call for each costs more than its arithmetic.
     A model that is moved to another device or type afterwards is no view any more.
     """
+    parameters = trainable(model)
     theta = torch.nn.Parameter(torch.cat([p.detach().flatten() for p in parameters]))
     vector_to_parameters(theta.detach(), parameters)
     theta.grad = torch.zeros_like(theta)
@@ -47,7 +48,7 @@ def as_vector(parameters):
 
 def make_optimizer(args, model):
     """Of what is trained in the model, from now on one vector (`as_vector`)."""
-    theta = as_vector(trainable(model))
+    theta = as_vector(model)
     if args.optimizer == "rmsprop":
         return torch.optim.RMSprop([theta], lr=args.lr)
     return torch.optim.Adam([theta], lr=args.lr, weight_decay=args.weight_decay, fused=True)

@@ -19,7 +19,7 @@ from run import RunError
 from run import read_metrics as rows
 from sampling import Report
 from train_ebm import DEFAULTS, Energy, Model, gaussian, main, make_model, parse, train_step
-from training import as_vector, trainable
+from training import as_vector
 
 FILES = {"checkpoint.pt", "config.json", "metrics.jsonl", "density.png", "weights.png"}
 
@@ -66,7 +66,7 @@ def test_a_step_moves_theta_by_the_gradient_of_sml_and_alpha_by_that_of_ml_on_th
     loss = {"energy": losses.sml(model.energy, x, after), "flow": losses.ml(model.flow.log_prob, after)}
     expected = {name: [p - 0.1 * g for p, g in zip(part.parameters(), torch.autograd.grad(loss[name], [*part.parameters()]))]
                 for name, part in parts.items()}
-    optimizers = [torch.optim.SGD([as_vector([*part.parameters()])], lr=0.1) for part in parts.values()]
+    optimizers = [torch.optim.SGD([as_vector(part)], lr=0.1) for part in parts.values()]
     chains, _, trace = train_step(args, model, before, torch.tensor(0.1), x, *optimizers)
     assert chains is after and trace[0] == loss["energy"] and trace[2] == loss["flow"]
     for name, part in parts.items():
@@ -308,7 +308,7 @@ def test_a_step_runs_on_the_meta_device(sampler):
     """Where there is no memory, a tensor made on another device shows."""
     args = parse(arguments("unused", "--sampler", sampler))
     model = make_model(args, mixture(3).sample(200)).to("meta")
-    optimizers = [torch.optim.SGD([as_vector(trainable(part))]) if part else None for part in (model.energy, model.flow)]
+    optimizers = [torch.optim.SGD([as_vector(part)]) if part else None for part in (model.energy, model.flow)]
     x = torch.empty(16, 3, device="meta")
     chains, step_size, trace = train_step(args, model, x, torch.tensor(0.1, device="meta"), x, *optimizers)
     assert chains.is_meta and step_size.is_meta and trace.is_meta and trace.shape == (6,)

@@ -15,7 +15,7 @@ def test_the_parameters_are_views_of_the_vector(float64):
     flow.layers[0].weight.requires_grad_(False)
     flow.layers[3].weight = torch.nn.Parameter(torch.randn(2, 2).T)  # by columns, as inverses are
     before = [p.detach().clone() for p in trainable(flow)]
-    theta = as_vector(trainable(flow))
+    theta = as_vector(flow)
     assert torch.equal(theta, torch.cat([p.flatten() for p in before])) and len(theta) == sum(p.numel() for p in flow.parameters()) - 4
     with torch.no_grad():
         theta += 1  # as an optimiser does
@@ -66,13 +66,13 @@ def test_theta_of_another_model_or_of_one_that_was_moved_is_refused():
 
 def test_every_matrix_starts_at_16_bytes():
     flow = toy_flow(blocks=2, width=8)
-    as_vector(trainable(flow))
+    as_vector(flow)
     assert all(p.data_ptr() % 16 == 0 for p in trainable(flow) if p.numel() % 4 == 0) and any(p.data_ptr() % 16 for p in trainable(flow))
 
 
 def test_the_moving_average_is_no_view_of_what_it_follows():
     flow = fc_flow(3, bend=1.0)
-    theta = as_vector(trainable(flow))
+    theta = as_vector(flow)
     average = MovingAverage(flow, 0.5)
     with torch.no_grad():
         theta += 1
