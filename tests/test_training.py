@@ -7,7 +7,7 @@ from conftest import failing
 from ebflow import fc_flow, toy_flow
 from train_mnist import parse
 from train_toy import main
-from training import MovingAverage, as_vector, gradient_of, gradient_vector, make_optimizer, objective, theta_of, train_step, trainable
+from training import MovingAverage, as_vector, gradient_of, gradient_vector, make_optimizer, objective, restore, theta_of, train_step, trainable
 
 
 def test_the_parameters_are_views_of_the_vector(float64):
@@ -40,6 +40,7 @@ def test_steps_down_the_vector_are_steps_of_each_parameter(float64, flags):
         value.backward()
         assert norm == pytest.approx(torch.nn.utils.clip_grad_norm_(theirs.parameters(), args.clip or torch.inf).item())
         assert loss == pytest.approx(value.item())
+        assert not args.clip or theta_of(optimizer).grad.norm() == pytest.approx(args.clip) < norm
         expected.step()
     torch.testing.assert_close(dict(ours.named_parameters()), dict(theirs.named_parameters()))
 
@@ -88,3 +89,11 @@ def test_a_checkpoint_of_another_version_is_one_line(tmp_path, capsys):
     checkpoint["state"]["optimizer"] = torch.optim.Adam(toy_flow(blocks=1).parameters()).state_dict()  # of many tensors
     torch.save(checkpoint, tmp_path / "checkpoint.pt")
     assert "written by another version of this code: start anew with --overwrite" in failing(main)(capsys, *arguments, "--resume")
+
+
+def test_lack_of_memory_is_no_other_version():
+    class Full:
+        def load_state_dict(self, state):
+            raise torch.OutOfMemoryError
+    with pytest.raises(torch.OutOfMemoryError):
+        restore({"model": Full()}, {"model": {}})
