@@ -29,7 +29,7 @@ def objective(args, model, x):
 
 
 def trainable(model):
-    """What is trained, tensors of a multiple of 4 elements first: in one vector they start at 16 bytes, as products like them."""
+    """What is trained, tensors of a multiple of 4 elements first: in one vector they start at multiples of 16 bytes, as a GPU's products like them."""
     return sorted((p for p in model.parameters() if p.requires_grad), key=lambda p: p.numel() % 4 > 0)
 
 

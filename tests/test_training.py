@@ -1,11 +1,12 @@
-"""The parameters as one vector: a step of it is a step of theirs."""
+"""What a step descends, and the parameters as one vector: a step of it is a step of theirs."""
 
 import pytest
 import torch
 
+import losses
 from conftest import failing
 from ebflow import fc_flow, toy_flow
-from train_mnist import parse
+from train_mnist import LOSSES, parse
 from train_toy import main
 from training import MovingAverage, as_vector, gradient_of, gradient_vector, make_optimizer, objective, restore, theta_of, train_step, trainable
 
@@ -22,6 +23,22 @@ def test_the_parameters_are_views_of_the_vector(float64):
     torch.testing.assert_close([p.detach() for p in trainable(flow)], [p + 1 for p in before])
     flow.load_state_dict({name: torch.zeros_like(p) for name, p in flow.state_dict().items()})  # as `restore` does
     assert not theta.any()
+
+
+def test_the_objective_of_a_batch_is_that_loss_of_that_energy(float64):
+    flow, x = fc_flow(3, bend=1.0), torch.randn(50, 3)
+    expected = {"ml": lambda args: -flow.log_prob(x).mean(),
+                "sml": lambda args: flow.energy(x).mean() - flow.energy(flow.sample(args.model_samples)).mean(),
+                "ssm": lambda args: losses.ssm(flow.energy, x), "dsm": lambda args: losses.dsm(flow.energy, x, args.sigma),
+                "fdssm": lambda args: losses.fdssm(flow.energy, x, args.xi)}
+    with torch.no_grad():
+        flow.layers[0].bias += 1  # so that x is not -x
+    for loss in LOSSES:
+        args = parse(["--loss", loss])
+        torch.manual_seed(0)
+        found = objective(args, flow, x)
+        torch.manual_seed(0)
+        torch.testing.assert_close(found, expected[loss](args))
 
 
 @pytest.mark.parametrize("flags", [[], ["--clip", "0.1"], ["--weight-decay", "0.1"], ["--optimizer", "rmsprop"]], ids=str)
