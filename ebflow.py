@@ -1,11 +1,11 @@
-"""EBFlow: a normalizing flow read as an energy-based model whose normalising constant is known.
+"""EBFlow: a normalizing flow as an energy-based model whose normalising constant is known.
 
-    log p(x; θ) = log p_u(g(x)) + Σ_{i∈S_n} log|det J_i(x_{i-1})| + Σ_{i∈S_l} log|det J_i|
-                  └───────────────── -E(x; θ) ──────────────────┘   └──── -log Z(θ) ─────┘
+    log p(x; θ) = log p_u(g(x)) + Σ_{i∈S_n} log|det J_i(x_{i-1})| + Σ_{i∈S_l} log|det J_i|     (poster, Eq. (8))
+                  └───────────────── -E(x; θ) ──────────────────┘   └──── -log Z(θ) ─────┘     (poster, Eq. (9))
 
-S_l are the affine layers, S_n the others, p_u = N(0, I), x_0 = x, x_i = g_i(x_{i-1}). There is no x in Z, so
-∇_x log p = -∇_x E: an objective that sees the density through its score trains the flow without a single
-determinant of a linear layer. `energy` is what is trained, `log_z` what is added to evaluate.
+S_l are the affine layers, S_n the others, p_u = N(0, I), x_0 = x, x_i = g_i(x_{i-1}). The affine layers are part of g,
+so they enter E; only their log-determinants are confined to Z. Z does not depend on x, so ∇_x log p = -∇_x E. Score
+matching trains the flow with `energy` alone, and only the exact likelihood needs `log_z`.
 
 Source: Chao et al., "Training Energy-Based Normalizing Flow with Score-Matching Objectives" (NeurIPS 2023).
 """
@@ -16,11 +16,11 @@ import torch
 import torch.nn as nn
 
 from layers import (ActNorm, AffineCoupling, Conv1x1, Convolution, FullyConnected, LinearLayer, LinearPart, Logit,
-                    NonlinearPart, SmoothLeakyReLU, Squeeze, Standardize, known_not_finite)
+                    NonlinearPart, SmoothLeakyReLU, Squeeze, Standardize)
 
 
 class EBFlow(nn.Module):
-    """The flow of `layers` on events of `shape`, with the prior N(0, I).
+    """The flow g = g_L ∘ … ∘ g_1 of `layers` on events of `shape`, with the prior N(0, I).
 
     Raises ValueError where a layer cannot take the shape that reaches it.
 
@@ -33,52 +33,50 @@ class EBFlow(nn.Module):
     def __init__(self, layers, shape):
         super().__init__()
         self.layers = nn.ModuleList(layers)
-        self.shapes = [tuple(shape)]  # the event's shape before each layer, and after the last
+        self.shape = tuple(shape)
+        self.shapes = [self.shape]  # of an event before each layer, and after the last
         for layer in self.layers:
             self.shapes.append(tuple(layer.output_shape(self.shapes[-1])))
-
-    @property
-    def shape(self):
-        return self.shapes[0]
 
     def forward(self, x):
         """u = g(x).   (B, *shape) -> (B, *shapes[-1])"""
         return self._transform(x)[0]
 
     def inverse(self, u):
-        """x = g⁻¹(u). Raises torch.linalg.LinAlgError, with the layer's name (but not where it is compiled), where a weight is singular."""
-        for i, layer in reversed(list(enumerate(self.layers))):
+        """x = g⁻¹(u).   (B, *shapes[-1]) -> (B, *shape)
+
+        Raises torch.linalg.LinAlgError, with the layer's name, if a weight is singular. Compiled code omits the name.
+        """
+        for i in reversed(range(len(self.layers))):
             try:
-                u = layer.inverse(u)
+                u = self.layers[i].inverse(u)
             except torch.linalg.LinAlgError:
                 raise self._singular(i) from None
         return u
 
     def energy(self, x):
-        """E(x) = -log p_u(g(x)) - Σ_{i∈S_n} log|det J_i|, in nats.   (B, *shape) -> (B,)
-
-        Never touches the determinant of a linear layer.
-        """
+        """E(x) = -log p_u(g(x)) - Σ_{i∈S_n} log|det J_i|, in nats; no linear determinant.   (B, *shape) -> (B,)"""
         u, log_abs_det = self._transform(x)
         u = u.flatten(1)
         return 0.5 * u.square().sum(1) + 0.5 * u.shape[1] * math.log(2 * math.pi) - log_abs_det
 
     def log_z(self):
-        """log Z = -Σ_{i∈S_l} log|det J_i|, exact, in float64: the O(D³) part.   -> ()
+        """log Z = -Σ_{i∈S_l} log|det J_i|, exact, in float64: the O(D³) part (poster, Eq. (9)).   -> ()
 
-        Raises torch.linalg.LinAlgError, with the layer's name, where a weight is singular or not finite. (What is compiled
-        cannot look: it goes on with infinity or nan.)
+        Raises torch.linalg.LinAlgError, with the layer's name, if a weight is singular or not finite.
         """
-        log_abs_dets = {i: layer.log_abs_det(shape)
-                        for i, (layer, shape) in enumerate(zip(self.layers, self.shapes))
-                        if isinstance(layer, LinearLayer)}
-        for i, log_abs_det in log_abs_dets.items():
-            if known_not_finite(log_abs_det):
-                raise self._singular(i)
-        return -sum(log_abs_dets.values(), start=torch.zeros((), dtype=torch.float64))  # () goes with any device
+        total = torch.zeros((), dtype=torch.float64)  # a () tensor adds to one on any device
+        for i, layer in enumerate(self.layers):
+            if isinstance(layer, LinearLayer):
+                log_abs_det = layer.log_abs_det(self.shapes[i])
+                # on device "meta" and while torch.compile traces there is no value to check
+                if not (log_abs_det.is_meta or torch.compiler.is_compiling() or log_abs_det.isfinite()):
+                    raise self._singular(i)
+                total = total + log_abs_det
+        return -total
 
     def log_prob(self, x):
-        """log p(x) = -E(x) - log Z, in nats.   (B, *shape) -> (B,)"""
+        """log p(x) = -E(x) - log Z, in nats (poster, Eq. (8)).   (B, *shape) -> (B,)"""
         return -self.energy(x) - self.log_z()
 
     def score(self, x):
@@ -95,13 +93,12 @@ class EBFlow(nn.Module):
 
     @torch.no_grad()
     def initialize(self, x):
-        """Data-dependent start: hands each linear layer the batch that reaches it (see ActNorm)."""
+        """Data-dependent start: each linear layer starts from the batch as it reaches that layer (see ActNorm)."""
         for layer in self.layers:
-            if isinstance(layer, LinearLayer):
+            linear = isinstance(layer, LinearLayer)
+            if linear:
                 layer.initialize(x)
-                x = layer(x)
-            else:
-                x = layer(x)[0]
+            x = layer(x) if linear else layer(x)[0]
 
     def _transform(self, x):
         """u = g(x) and Σ_{i∈S_n} log|det J_i|.   (B, *shape) -> (B, *shapes[-1]), (B,)"""
@@ -120,51 +117,42 @@ class EBFlow(nn.Module):
                                         "its determinant is needed here, and there is none")
 
     def __repr__(self):
-        rows = [("layer", "event", "linear", "parameters", "log|det| in", "at a cost of")]
+        line = "{:20} {:12} {:8} {:14} {:13} {}".format
+        lines, trained = [line("layer", "event", "linear", "parameters", "log|det| in", "at a cost of")], 0
         for i, (layer, shape) in enumerate(zip(self.layers, self.shapes)):
-            linear = isinstance(layer, LinearLayer)
-            rows.append((f"{i} {type(layer).__name__}", "×".join(map(str, shape)), "yes" if linear else "no",
-                         count(layer), "Z" if linear else "E", layer.cost))
-        rows.append(("total", "", "", count(self), "", ""))
-        widths = [max(len(row[c]) for row in rows) for c in range(6)]
-        return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths)).rstrip() for row in rows)
+            linear, size = isinstance(layer, LinearLayer), sum(map(torch.numel, layer.parameters()))
+            fixed = size > 0 and not next(layer.parameters()).requires_grad
+            trained += 0 if fixed else size
+            lines.append(line(f"{i} {type(layer).__name__}", "×".join(map(str, shape)), "yes" if linear else "no",
+                              f"{size:,}" + " fixed" * fixed, "Z" if linear else "E", layer.cost))
+        return "\n".join([*lines, line("total", "", "", f"{trained:,}", "", "").rstrip()])
 
 
-def count(module):
-    """The number of trained parameters in words, or, where none is trained, of fixed ones."""
-    trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
-    fixed = sum(p.numel() for p in module.parameters()) - trained
-    return f"{fixed:,} fixed" if fixed and not trained else f"{trained:,}"
-
-
-# ---------------------------------------------------------------------------------------------------------
-# The paper's architectures
-# ---------------------------------------------------------------------------------------------------------
-
+# ---- The paper's architectures ---------------------------------------------------------------------------------------
 
 def logit_preprocessing(shape, s, mean=0.0):
-    """Images in [0, 256)^D to z = (logit(x / 256) - mean) / s: the layers g_1 … g_k of the paper's MaP.
+    """The layers g_1 … g_k that pre-process images x in [0, 256)^D: z = (logit(x / 256) - mean) / s. ours: the mean.
 
-    `match after pre-processing` trains the model of z alone; EBFlow([*pre.layers, *flow.layers], shape) is
-    the model of the image, whose log_prob is the NLL that is reported.
+    Match after pre-processing (MaP; poster, Eq. (10)) trains the flow of z alone. EBFlow([*pre.layers, *flow.layers],
+    shape) is the model of x; its log_prob gives the NLL that is reported.
     """
     return EBFlow([Standardize(std=256.0), Logit(), Standardize(std=s, mean=mean)], shape)
 
 
 def fc_flow(dim=784, alpha=0.3, diagonal=1.0, bias=0.0, bend=None):
-    """Two unconstrained dim × dim matrices with a smooth leaky ReLU between: the paper's FC.
+    """Two unconstrained dim × dim matrices with a smooth leaky ReLU between them: the paper's FC.
 
-    Both matrices start at diagonal · I and both biases at `bias`; the paper has -I and 1.
+    Both matrices start at diagonal · I and both biases at `bias`. The paper has -I and 1. ours: +I and 0, and `bend`.
     """
-    return EBFlow([FullyConnected(dim, diagonal, bias),
-                   SmoothLeakyReLU(alpha, bend=bend),
+    return EBFlow([FullyConnected(dim, diagonal, bias), SmoothLeakyReLU(alpha, bend=bend),
                    FullyConnected(dim, diagonal, bias)], (dim,))
 
 
 def cnn_flow(shape=(1, 28, 28), kernel_size=7, blocks=3, alpha=0.3, diagonal=-1.0, bias=0.01, bend=None):
     """Two unconstrained convolutions in each block, a squeeze between the blocks: the paper's CNN.
 
-    A smooth leaky ReLU follows every convolution but the last. H and W must divide by 2^(blocks - 1).
+    A smooth leaky ReLU follows every convolution but the last. Raises ValueError unless 2^(blocks - 1) divides H and W.
+    ours: `bend`, and biases that all start at `bias`; the paper draws them at random.
     """
     layers, channels = [], shape[0]
     for block in range(blocks):
@@ -178,10 +166,9 @@ def cnn_flow(shape=(1, 28, 28), kernel_size=7, blocks=3, alpha=0.3, diagonal=-1.
 
 
 def toy_flow(dim=2, blocks=10, width=64):
-    """Blocks of (fully-connected, affine coupling, actnorm) and a last fully-connected: the paper's toys."""
-    def network(n_in, n_out):
-        return nn.Sequential(nn.Linear(n_in, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(),
-                             nn.Linear(width, n_out))
+    """Blocks of (fully-connected, affine coupling, actnorm) and a last fully-connected layer: the paper's toys."""
+    def network(n, m):  # ours: one network gives scale and shift; the paper has two
+        return nn.Sequential(nn.Linear(n, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, m))
 
     half, rest = dim - dim // 2, dim // 2  # the halves of tensor_split
     layers = []
@@ -195,20 +182,21 @@ def toy_flow(dim=2, blocks=10, width=64):
 def glow_flow(shape=(1, 28, 28), width=512, depth=16, blocks=2, floor=0.0):
     """Blocks of a squeeze and `depth` × (actnorm, 1×1 convolution, affine coupling): the paper's Glow.
 
-    Half of a block's channels go on to the next, the others are done. A last actnorm is the mean and variance of
-    Glow's prior. H and W must divide by 2^blocks. The couplings' networks have `width` channels and end in zeros: they
-    start at one scale for all and no shift. No scale of theirs is below `floor`.
+    Half of the channels pass to the prior after each block but the last. The last actnorm is the mean and variance of
+    that prior. The couplings' networks have `width` channels and end in zeros, so all couplings start at one scale and
+    at shift 0. Raises ValueError unless 2^blocks divides H and W. ours: the `floor` under the scales. The published
+    flow splits channels off by a coupling of its own; its couplings have LeakyReLU(0.1) and the scale exp(2 tanh(h/2)).
     """
-    def network(n_in, n_out):
-        last = nn.Conv2d(width, n_out, 3, padding=1)
+    def network(n, m):
+        last = nn.Conv2d(width, m, 3, padding=1)
         nn.init.zeros_(last.weight), nn.init.zeros_(last.bias)
-        return nn.Sequential(nn.Conv2d(n_in, width, 3, padding=1), nn.SiLU(), nn.Conv2d(width, width, 1), nn.SiLU(), last)
+        return nn.Sequential(nn.Conv2d(n, width, 3, padding=1), nn.SiLU(), nn.Conv2d(width, width, 1), nn.SiLU(), last)
 
     layers, channels = [], shape[0]
     for block in range(blocks):
         layers.append(Squeeze())
         channels *= 4
-        active = channels // 2**block  # the first of them
+        active = channels // 2**block  # the first of them; the others have passed to the prior
         half, rest = active - active // 2, active // 2
         for _ in range(depth):
             step = [ActNorm(active), Conv1x1(active), AffineCoupling(network(half, 2 * rest), floor=floor)]

@@ -1,57 +1,72 @@
 """The transformations g_i of a flow, each with its inverse and its log-determinant.
 
-A normalizing flow maps a datum x to u = g_L ∘ … ∘ g_1(x). EBFlow sorts the layers into two kinds, and
-here the kind is the type:
+A normalizing flow maps a datum x to u = g_L ∘ … ∘ g_1(x). EBFlow factorises its density by the kind of each layer
+(poster, Eq. (8)), and the base class of a layer says which kind it is:
 
-    LinearLayer      forward(x) -> y                    affine in x, so its Jacobian holds no x;
-                     log_abs_det(shape) -> ()           its log-determinant belongs to log Z
-    NonlinearLayer   forward(x) -> y, log_abs_det (B,)  its log-determinant belongs to the energy E
+    LinearLayer      i ∈ S_l   affine: log|det J_i| does not depend on x, so it belongs to log Z
+    NonlinearLayer   i ∈ S_n   any other: log|det J_i| may depend on x, so it belongs to the energy E
 
-Both have inverse(y) -> x. `shape` is the event shape that enters the layer, without the batch dimension:
-the determinant of a convolution depends on the size of the image. Determinants of matrices are computed in
-float64 whatever the layer's dtype, since the product of many pivots is what float32 is worst at.
+The base classes state what a layer must provide; a new layer is one new class in this file. Determinants of matrices
+are computed in float64 whatever the layer's dtype: float32 loses too many digits in a product of many pivots.
 
-Source: Chao et al., "Training Energy-Based Normalizing Flow with Score-Matching Objectives" (NeurIPS 2023),
-section "Energy-Based Normalizing Flow".
+Source: Chao et al., "Training Energy-Based Normalizing Flow with Score-Matching Objectives" (NeurIPS 2023).
+"ours:" marks what is not in the paper.
 """
 
 import math
+from abc import ABC, abstractmethod
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
 
-class LinearLayer(nn.Module):
-    """An affine transformation: i ∈ S_l. A layer's `cost` is what its log-determinant costs."""
+class Layer(nn.Module, ABC):
+    """One transformation g_i. `shape` is the shape of one event that enters it, without the batch dimension.
+
+    A new layer extends LinearLayer or NonlinearLayer. If it lacks an abstract method, making it raises TypeError.
+    """
+
+    cost = "?"  # of the log-determinant; EBFlow prints it
+
+    @abstractmethod
+    def forward(self, x):
+        """x (B, *shape) -> y (B, *output_shape(shape)); a NonlinearLayer returns y and log|det J(x)| (B,)"""
+
+    @abstractmethod
+    def inverse(self, y):
+        """The x that forward maps to y.   y (B, *output_shape(shape)) -> x (B, *shape)"""
 
     def output_shape(self, shape):
+        """The shape of one event that leaves the layer. Raises ValueError where the layer cannot take `shape`."""
         return shape
 
+
+class LinearLayer(Layer):
+    """An affine transformation, i ∈ S_l: forward(x) -> y."""
+
+    @abstractmethod
+    def log_abs_det(self, shape):
+        """log|det J|, the same for every x. For an image it depends on the size, so it takes `shape`.   -> ()"""
+
     def initialize(self, x):
-        """A data-dependent start, from the batch that reaches the layer; most have none."""
+        """Data-dependent start from the batch x (B, *shape) that reaches the layer. By default, nothing happens."""
 
 
-class NonlinearLayer(nn.Module):
-    """Any other transformation: i ∈ S_n."""
+class NonlinearLayer(Layer):
+    """Any other transformation, i ∈ S_n: forward(x) -> (y, log|det J(x)| (B,))."""
 
     cost = "O(D)"
 
-    def output_shape(self, shape):
-        return shape
 
-
-# ---------------------------------------------------------------------------------------------------------
-# Linear layers: log|det| is a constant and goes to log Z
-# ---------------------------------------------------------------------------------------------------------
-
+# ---- Linear layers: log|det J| does not depend on x and belongs to log Z ---------------------------------------------
 
 class FullyConnected(LinearLayer):
-    """y = W x + b with an unconstrained D × D matrix, started at W = diagonal · I; x is any event of D elements.
+    """y = W x + b with an unconstrained D × D matrix. x is an event of any shape with D elements.
 
     log|det J| = log|det W|, O(D³).   x (B, …) -> y (B, …)
 
-    `inverse` raises torch.linalg.LinAlgError where W is singular.
+    W starts at diagonal · I, each element of b at `bias`. `inverse` raises torch.linalg.LinAlgError if W is singular.
 
         >>> layer = FullyConnected(3)
         >>> x = torch.randn(5, 3)
@@ -84,20 +99,20 @@ class FullyConnected(LinearLayer):
 
 
 class Convolution(LinearLayer):
-    """y = w * x + b: a k × k convolution (k odd), zero padding, the image keeps its size.
+    """y = w * x + b: a k × k convolution with zero padding. The image keeps its size.
 
-    A zero-padded convolution is a D × D matrix M with D = C·H·W: log|det J| = log|det M|, and the inverse solves
-    with M. Nothing is approximated.   x (B, C, H, W) -> y (B, C, H, W)
+    A convolution is a product with a D × D matrix M, D = C·H·W. So log|det J| = log|det M|, and the inverse solves a
+    linear system with M. Both are exact.   x (B, C, H, W) -> y (B, C, H, W)
 
-    The kernel starts at diagonal · identity. `inverse` raises torch.linalg.LinAlgError where M is singular.
+    ours: for D ≤ `dense`, forward multiplies by M. With few channels, a step of score matching on a CPU then takes two
+    thirds of the time.
 
-    On a small image `forward` multiplies by M, too: with few channels a step of score matching then takes two thirds of
-    the time on a CPU, since the derivatives of a product are products.
+    w starts at diagonal · identity, each element of b at `bias`. Raises ValueError if k is even, and `inverse` raises
+    torch.linalg.LinAlgError if M is singular.
     """
 
-    cost = "O(k²CD²)"  # H/r blocks of (rCW)³, r = k/2, H ≈ W
-    dense = 1024  # the largest D whose M is multiplied by; beyond it M costs more than it saves
-    ranks = (3,)  # of the event
+    cost = "O(k²CD²)"  # H/r blocks, each (rCW)³, with r = k/2 and H ≈ W
+    dense = 1024
 
     def __init__(self, channels, kernel_size, diagonal=1.0, bias=0.0):
         super().__init__()
@@ -109,7 +124,7 @@ class Convolution(LinearLayer):
         self.bias = nn.Parameter(torch.full((channels,), float(bias)))
 
     def output_shape(self, shape):
-        return check_channels(self, shape, len(self.bias))
+        return check_channels(self, shape, len(self.bias), ranks=(3,))
 
     def forward(self, x):
         if x[0].numel() > self.dense:
@@ -118,9 +133,9 @@ class Convolution(LinearLayer):
         return y + along_channels(self.bias, x)
 
     def matrix(self, shape, dtype):
-        """M of vec(w * x) = M vec(x): M[(o, i, j), (c, i + a, j + b)] = w[o, c, a, b], offsets a, b.   -> (D, D)"""
-        weight = self.weight.to(dtype)
-        rows, columns = (shifts(n, weight.shape[-1], weight) for n in shape[1:])
+        """M of vec(w * x) = M vec(x): M[(o, i, j), (c, i + a, j + b)] = w[o, c, a, b], |a|, |b| < k/2.   -> (D, D)"""
+        weight, k = self.weight.to(dtype), self.weight.shape[-1]
+        rows, columns = shifts(shape[1], k, weight), shifts(shape[2], k, weight)
         return torch.einsum("ocab,aik,bjl->oijckl", weight, rows, columns).reshape(2 * [math.prod(shape)])
 
     def inverse(self, y):
@@ -129,46 +144,47 @@ class Convolution(LinearLayer):
         return x.view_as(y)
 
     def log_abs_det(self, shape):
-        """O(k²CD²), by elimination of r = ⌊k/2⌋ rows of pixels at a time, which reach no further than the next r rows:
+        """log|det M| by block elimination, O(k²CD²).   -> ()
+
+        ours: a block is r = ⌊k/2⌋ rows of pixels. The kernel reaches no further than the next block:
 
             M = ⎡A U    ⎤     log|det M| = Σ log|det S_i|,   S_1 = A,   S_{i+1} = A - L S_i⁻¹ U
                 ⎢L A U  ⎥
                 ⎣  L A …⎦     (the last block may have fewer rows)
 
-        Pivots are sought within a block. Should M of the image's first i·r rows alone be singular, the whole M is taken
-        (but not by what is compiled: there the result is not finite).
+        S_i can be singular where M is not. The sum is then not finite, and log|det M| is computed from the whole of M.
         """
         C, H, W = shape
         r = max(self.weight.shape[-1] // 2, 1)
-        M = self.matrix((C, 2 * r, W), torch.float64).view(C, 2, r, W, C, 2, r, W)
-        (A, U), (L, _) = M.permute(1, 5, 2, 0, 3, 6, 4, 7).reshape(2, 2, r * C * W, r * C * W)
+        M = self.matrix((C, 2 * r, W), torch.float64).view(C, 2, r, W, C, 2, r, W)  # of two blocks
+        (A, U), (L, _) = M.permute(1, 5, 2, 0, 3, 6, 4, 7).reshape(2, 2, r * C * W, r * C * W)  # block row, column
         S = A[:C * W * min(r, H), :C * W * min(r, H)]
         log_abs_det = torch.linalg.slogdet(S).logabsdet
         for first in range(r, H, r):
             n = C * W * min(r, H - first)
             S = A[:n, :n] - L[:n] @ torch.linalg.solve_ex(S, U[:, :n]).result
             log_abs_det = log_abs_det + torch.linalg.slogdet(S).logabsdet
-        if known_not_finite(log_abs_det):
-            return torch.linalg.slogdet(self.matrix(shape, torch.float64)).logabsdet
-        return log_abs_det
+        # on device "meta" and while torch.compile traces there is no value to check
+        if log_abs_det.is_meta or torch.compiler.is_compiling() or log_abs_det.isfinite():
+            return log_abs_det
+        return torch.linalg.slogdet(self.matrix(shape, torch.float64)).logabsdet
 
 
 class Conv1x1(LinearLayer):
-    """y[:, :, i, j] = W x[:, :, i, j]: one C × C matrix for every pixel, started at a random rotation.
+    """y[:, :, i, j] = W x[:, :, i, j]: one C × C matrix for all pixels. W starts as a random orthogonal matrix.
 
     log|det J| = H·W·log|det W|, O(C³).   x (B, C, H, W) -> y (B, C, H, W)
-    Source: Kingma and Dhariwal, "Glow" (2018).
+    `inverse` raises torch.linalg.LinAlgError if W is singular. Source: Kingma and Dhariwal, "Glow" (2018).
     """
 
     cost = "O(C³)"
-    ranks = (3,)  # of the event
 
     def __init__(self, channels):
         super().__init__()
         self.weight = nn.Parameter(nn.init.orthogonal_(torch.empty(channels, channels)))
 
     def output_shape(self, shape):
-        return check_channels(self, shape, len(self.weight))
+        return check_channels(self, shape, len(self.weight), ranks=(3,))
 
     def forward(self, x):
         return F.conv2d(x, self.weight[:, :, None, None])
@@ -181,17 +197,13 @@ class Conv1x1(LinearLayer):
 
 
 class ActNorm(LinearLayer):
-    """y = exp(s) ⊙ x + b with one scale and one bias per channel (dimension 1 of the batch).
+    """y = exp(s) ⊙ x + b, with one s and one b per channel (dimension 1 of the batch).
 
     log|det J| = H·W·Σ s, O(C).   x (B, C, …) -> y (B, C, …)
-
-    `initialize` sets s and b so that a batch comes out with mean 0 and variance 1 (data-dependent start), or takes
-    the fraction `momentum` of the way there, to follow the moments through training as batch normalisation does.
-    It raises ValueError where a channel of the batch is constant. Source: Kingma and Dhariwal, "Glow" (2018).
+    Source: Kingma and Dhariwal, "Glow" (2018).
     """
 
     cost = "O(C)"
-    ranks = (1, 2, 3)
 
     def __init__(self, channels):
         super().__init__()
@@ -199,16 +211,21 @@ class ActNorm(LinearLayer):
         self.bias = nn.Parameter(torch.zeros(channels))
 
     def output_shape(self, shape):
-        return check_channels(self, shape, len(self.bias))
+        return check_channels(self, shape, len(self.bias), ranks=(1, 2, 3))
 
     @torch.no_grad()
-    def initialize(self, x, momentum=1.0):
+    def initialize(self, x, fraction=1.0):
+        """Moves s and b this fraction of the way to the values at which the batch x comes out with mean 0, variance 1.
+
+        Glow does this once, with fraction 1. ours: a smaller fraction every few steps tracks the moments of x.
+        Raises ValueError where a channel of x is constant.
+        """
         x = x.transpose(0, 1).flatten(1)  # (C, n)
         if x.shape[1] == 1 or (x == x[:, :1]).all(1).any():
             raise ValueError("actnorm cannot start from a batch with a constant channel: give it more samples")
         std, mean = torch.std_mean(x, dim=1)  # (C,)
-        self.log_scale.lerp_(-std.log(), momentum)
-        self.bias.lerp_(-mean / std, momentum)
+        self.log_scale.lerp_(-std.log(), fraction)
+        self.bias.lerp_(-mean / std, fraction)
 
     def forward(self, x):
         return along_channels(self.log_scale.exp(), x) * x + along_channels(self.bias, x)
@@ -221,10 +238,7 @@ class ActNorm(LinearLayer):
 
 
 class Squeeze(LinearLayer):
-    """Every 2 × 2 square of pixels becomes four channels: a permutation, log|det J| = 0.
-
-    x (B, C, H, W) -> y (B, 4C, H/2, W/2)
-    """
+    """Each 2 × 2 square of pixels becomes four channels; log|det J| = 0.   x (B, C, H, W) -> y (B, 4C, H/2, W/2)"""
 
     cost = "0"
 
@@ -244,9 +258,9 @@ class Squeeze(LinearLayer):
 
 
 class Standardize(LinearLayer):
-    """y = (x - mean) / std with constants, numbers or tensors that broadcast to the event.
+    """y = (x - mean) / std with constants: numbers, or tensors that broadcast to the event.
 
-    log|det J| = -Σ log std over the D elements of the event.
+    log|det J| = -Σ log std over the event, O(D).   x (B, …) -> y (B, …).   Raises ValueError unless std > 0.
     """
 
     cost = "O(D)"
@@ -268,20 +282,35 @@ class Standardize(LinearLayer):
         return -self.std.double().log().expand(shape).sum()
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Non-linear layers: log|det| depends on x and goes to the energy E
-# ---------------------------------------------------------------------------------------------------------
+def along_channels(p, x):
+    """One number per channel, in a shape that broadcasts with x (B, C, …).   (C,) -> (C, 1, …)"""
+    return p.view(-1, *[1] * (x.dim() - 2))
 
+
+def shifts(n, k, like):
+    """One n × n matrix for each offset a of a kernel of size k, with a 1 at (i, i + a).   -> (k, n, n)"""
+    position, offset = torch.arange(n, device=like.device), torch.arange(k, device=like.device) - k // 2
+    return (position == position[:, None] + offset[:, None, None]).to(like)
+
+
+def check_channels(layer, shape, channels, ranks):
+    """Returns `shape`. Raises ValueError unless its length is in `ranks` and its first number is `channels`."""
+    if len(shape) not in ranks or shape[0] != channels:
+        raise ValueError(f"{type(layer).__name__} of {channels} channels cannot take events of shape {tuple(shape)}")
+    return shape
+
+
+# ---- Non-linear layers: log|det J| may depend on x and belongs to the energy E ---------------------------------------
 
 class SmoothLeakyReLU(NonlinearLayer):
-    """y = α x + (1 - α) softplus(x), element by element, the paper's activation; `residual` adds x (its CNN).
+    """y = α x + (1 - α) softplus(x) for each element, the paper's activation; `residual` adds x, as in its CNN.
 
-    dy/dx = α + (1 - α) sigmoid(x) lies in (α, 1), so the map is invertible.   x (B, …) -> y, (B,)
-
-    With a number for `bend`, the bend moves from 0 to -bend and the curve passes through the origin:
-    y = α x + (1 - α) (softplus(x + bend) - softplus(bend)). The biases beside it could do the same; but what
-    comes out has a mean near 0, and a step on the next weight does not shift all of its outputs together.
+    dy/dx = α + (1 - α) sigmoid(x), plus 1 if residual, is positive: the map is invertible.   x (B, …) -> y (B, …), (B,)
     Raises ValueError unless 0.01 ≤ α < 1.
+
+    ours: with a number for `bend`, y = α x + (1 - α) (softplus(x + bend) - softplus(bend)). The curve bends at -bend
+    and passes through the origin. Biases before and after it could do the same. But here the mean of y stays near 0,
+    so a step on the next weight does not shift all of that layer's outputs together.
     """
 
     def __init__(self, alpha=0.3, residual=False, bend=None):
@@ -289,21 +318,22 @@ class SmoothLeakyReLU(NonlinearLayer):
         if not 0.01 <= alpha < 1:
             raise ValueError(f"alpha must lie in [0.01, 1), not {alpha}")
         self.slope, self.rise = alpha + residual, 1 - alpha  # y = slope · x + rise · softplus(x + shift) - offset
-        self.shift = 0.0 if bend is None else float(bend)
-        self.offset = 0.0 if bend is None else self.rise * float(softplus(torch.tensor(self.shift).double()))
+        self.shift, self.offset = 0.0, 0.0
+        if bend is not None:
+            self.shift = float(bend)
+            self.offset = self.rise * F.softplus(torch.tensor(self.shift).double(), threshold=40).item()
 
-    def forward(self, x):
-        y = self.slope * x + self.rise * softplus(x + self.shift) - self.offset
+    def forward(self, x):  # above its threshold F.softplus(x) returns x; the default of 20 is too low for float64
+        y = self.slope * x + self.rise * F.softplus(x + self.shift, threshold=40) - self.offset
         log_slope = torch.log(self.slope + self.rise * torch.sigmoid(x + self.shift))
         return y, log_slope.flatten(1).sum(1)
 
     def inverse(self, y):
-        """Newton's iteration, to the dtype's precision, from a side where it cannot overshoot.
+        """Newton's method for slope · h + rise · softplus(h) = y + offset + slope · shift, where h = x + shift.
 
-        f(h) = slope · h + rise · softplus(h), h = x + shift, is convex and increasing, and max(0, h) ≤ softplus(h)
-        ≤ max(0, h) + ln 2 brackets its root between the inverses of two piecewise linear bounds. Started at the
-        upper one, where f(h) ≥ y, every step of Newton on a convex increasing f ends at or above the root, so
-        the iterates descend on it; the clamp keeps them in the bracket under rounding.
+        The left side is increasing and convex, and max(0, h) ≤ softplus(h) ≤ max(0, h) + ln 2. The roots with these two
+        bounds in place of softplus bracket the root. From the upper end of the bracket, Newton's iterates decrease to
+        the root, to the precision of the dtype. The clamp keeps rounding errors in the bracket.
         """
         def inverse_bound(y):  # of slope · h + rise · max(0, h)
             return torch.where(y > 0, y / (self.slope + self.rise), y / self.slope)
@@ -311,32 +341,31 @@ class SmoothLeakyReLU(NonlinearLayer):
         y = y + self.offset + self.slope * self.shift
         low, high = inverse_bound(y - self.rise * math.log(2)), inverse_bound(y)
         h = high
-        for _ in range(10):  # quadratic: float64 takes 6 at α = 0.3, 10 at 0.01
-            f = self.slope * h + self.rise * softplus(h)
+        for _ in range(10):  # converges quadratically: in float64 6 steps at α = 0.3, 10 at α = 0.01
+            f = self.slope * h + self.rise * F.softplus(h, threshold=40)
             h = (h - (f - y) / (self.slope + self.rise * torch.sigmoid(h))).clamp(low, high)
         return h - self.shift
 
 
 class AffineCoupling(NonlinearLayer):
-    """Half of the channels, x_a, decides how the other half is scaled and shifted.
+    """Scales and shifts one half of the channels, x_b, by a function of the other half, x_a.
 
         h, t = network(x_a)      s = floor + (1 - floor) sigmoid(h + 2)
         y_a = x_a                y_b = s ⊙ x_b + t                log|det J| = Σ log s
 
-    `network` maps (B, C_a, …) to (B, 2 C_b, …), the halves being those of `tensor_split`; `swap` lets the
-    second half decide. s < 1 keeps the score from blowing up; a linear layer can undo it. The inverse divides by s, and
-    score matching does not see what s is where no data are: a `floor` keeps that division from exploding.
-    x (B, C, …) -> y (B, C, …), (B,). Raises ValueError where `floor` is neither 0 nor in [0.001, 1).
-    Source: Dinh et al., "RealNVP" (2017); Kingma and Dhariwal (2018); the floor is ours.
+    `network` maps (B, C_a, …) to (B, 2 C_b, …). x_a is the first half of torch.tensor_split, with `swap` the second.
+    s < 1 keeps the score from blowing up; a linear layer can undo the shrinking.   x (B, C, …) -> y (B, C, …), (B,)
+
+    ours: the `floor` under s. The inverse divides by s, but score matching does not constrain s away from the data.
+
+    Raises ValueError unless `floor` is 0 or in [0.001, 1). Source: Dinh et al., "RealNVP" (2017); Glow (2018) for s.
     """
 
     def __init__(self, network, swap=False, floor=0.0):
         super().__init__()
-        if not (floor == 0 or 1e-3 <= floor < 1):  # below that, float32 has no second derivative of log s
+        if not (floor == 0 or 1e-3 <= floor < 1):  # below 0.001, the second derivative of log s fails in float32
             raise ValueError(f"the floor must be 0 or lie in [0.001, 1), not {floor}")
-        self.network = network
-        self.swap = swap
-        self.floor = floor
+        self.network, self.swap, self.floor = network, swap, floor
 
     def output_shape(self, shape):
         if len(shape) == 0 or shape[0] < 2:
@@ -353,7 +382,7 @@ class AffineCoupling(NonlinearLayer):
     def _log_scale_and_shift(self, x_a):
         h, t = self.network(x_a).chunk(2, dim=1)
         if self.floor == 0:
-            return F.logsigmoid(h + 2), t  # where s itself underflows, too
+            return F.logsigmoid(h + 2), t  # finite even where s underflows
         return torch.log(self.floor + (1 - self.floor) * torch.sigmoid(h + 2)), t
 
     def forward(self, x):
@@ -368,16 +397,14 @@ class AffineCoupling(NonlinearLayer):
 
 
 class Logit(NonlinearLayer):
-    """z = logit(y), y = (x + ε)(1 - 2ε), for x in [0, 1]: ε keeps y off the ends, where the slope diverges.
-
-    An x outside, where dsm and fdssm may put it without MaP, counts as the end next to it.
+    """z = logit(y), y = (x + ε)(1 - 2ε), for x in [0, 1]. ε keeps y away from 0 and 1, where the slope diverges.
 
     log|dz/dx| = log(1 - 2ε) - log y - log(1 - y)      x (B, …) -> z (B, …), (B,)
+
+    ours: x is clamped to [0, 1]. Without MaP, the noise of dsm and fdssm can move it outside.
     """
 
-    def __init__(self, eps=1e-6):
-        super().__init__()
-        self.eps = eps
+    eps = 1e-6
 
     def forward(self, x):
         y = (x.clamp(0, 1) + self.eps) * (1 - 2 * self.eps)
@@ -389,16 +416,13 @@ class Logit(NonlinearLayer):
         return torch.sigmoid(z) / (1 - 2 * self.eps) - self.eps
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Either kind, on some of the channels
-# ---------------------------------------------------------------------------------------------------------
+# ---- A layer of either kind on the first channels only ---------------------------------------------------------------
 
+class Part(Layer):
+    """Applies `layer` to the first channels. The others pass to the prior: Glow's multi-scale architecture.
 
-class Part:
-    """A layer on the first channels; the others pass, split off to the prior (Glow's multi-scale architecture).
-
-    A later squeeze moves both parts, each within itself, so that the first half of the channels stays the first half.
-    x (B, C, H, W) -> y (B, C, H, W), and (B,) if the layer is a non-linear one
+    x (B, C, H, W) -> y (B, C, H, W), and log|det J| (B,) if `layer` is non-linear. A later squeeze keeps the first
+    channels first: channel c becomes the channels 4c … 4c + 3.
     """
 
     def __init__(self, layer, channels):
@@ -414,7 +438,6 @@ class Part:
 
 
 class LinearPart(Part, LinearLayer):
-
     def initialize(self, x):
         self.layer.initialize(x[:, :self.channels])
 
@@ -426,38 +449,6 @@ class LinearPart(Part, LinearLayer):
 
 
 class NonlinearPart(Part, NonlinearLayer):
-
     def forward(self, x):
         y, log_abs_det = self.layer(x[:, :self.channels])
         return torch.cat([y, x[:, self.channels:]], dim=1), log_abs_det
-
-
-# ---------------------------------------------------------------------------------------------------------
-
-
-def softplus(x):
-    """log(1 + eˣ). torch's default is x itself above 20, which is 2e-9 too little for float64."""
-    return F.softplus(x, threshold=40)
-
-
-def along_channels(p, x):
-    """One number per channel, shaped to broadcast over x.   (C,) -> (C, 1, …)"""
-    return p.view(-1, *[1] * (x.dim() - 2))
-
-
-def known_not_finite(number):
-    """Whether a number is infinite or nan. On device meta, and while compiled, nobody can look: not known, so False."""
-    return not (number.is_meta or torch.compiler.is_compiling() or number.isfinite())
-
-
-def shifts(n, k, like):
-    """One n × n matrix for each offset a of a kernel of size k: its row i reads position i + a.   -> (k, n, n)"""
-    position, offset = torch.arange(n, device=like.device), torch.arange(k, device=like.device) - k // 2
-    return (position == position[:, None] + offset[:, None, None]).to(like)
-
-
-def check_channels(layer, shape, channels):
-    """The shape itself. Raises ValueError where the layer cannot take it."""
-    if len(shape) not in layer.ranks or shape[0] != channels:
-        raise ValueError(f"{type(layer).__name__} of {channels} channels cannot take events of shape {tuple(shape)}")
-    return shape

@@ -1,34 +1,33 @@
-"""The objectives: maximum likelihood two ways, score matching four ways, on any energy.
+"""The objectives: maximum likelihood in two ways, score matching in four, on any energy.
 
-`energy` is a callable (B, …) -> (B,): an EBFlow's method, a plain torch module, or minus the log-density of
-somebody else's flow. D is the number of elements of one event, ∇ is ∇_x. Each function returns a scalar, the
-mean over the batch of a sum over dimensions. sm, ssm, fdssm and dsm are on one scale.
+`energy` is a callable (B, …) -> (B,): an EBFlow's method, a torch module, or minus the log-density of any other flow.
+D is the number of elements of one event and ∇ is ∇_x. Each function returns a scalar: the mean over the batch of a sum
+over dimensions. `ssm` and `fdssm` estimate `sm`; `dsm` is `sm` at the noisy points, plus the constant D/2σ².
 
     objective  needs                            cost of one gradient for L linear layers
     ml         the exact log-density            O(D³L)   determinants
     sml        samples of the model             O(D³L)   the inverse
     sm         the trace of the Hessian         D backward passes
     ssm        one Hessian-vector product       O(D²L)
-    fdssm      three energies, no ∇_x at all    O(D²L)
+    fdssm      three energies and no ∇_x        O(D²L)
     dsm        one score                        O(D²L)
 
-The last four see the energy through differences and derivatives in x, so an additive constant of it, such as
-log Z, has no gradient. Every random tensor can be passed in. Source: Chao et al. (NeurIPS 2023), sections
-"Background" and "Training EBFlow", and the papers named below.
+The last four see only differences and derivatives of the energy in x. An additive constant such as log Z has none, so
+it gets no gradient. Every random tensor can be passed in. Source: Chao et al. (NeurIPS 2023); poster, Eqs. (2) to (7).
 """
 
 import torch
 
 
 def ml(log_prob, x):
-    """Maximum likelihood: E[ -log p(x) ], in nats. `log_prob` is the exact log-density (B, …) -> (B,)."""
+    """Maximum likelihood: E[ -log p(x) ], in nats. `log_prob` is the exact log-density.   Poster, Eq. (2)."""
     return -log_prob(x).mean()
 
 
 def sml(energy, x, x_model):
-    """Maximum likelihood from samples: E_data[ E(x) ] - E_model[ E(x') ].
+    """Maximum likelihood from samples: E_data[ E(x) ] - E_model[ E(x') ].   Poster, Eq. (4).
 
-    Its gradient is that of `ml`, because ∇_θ log Z = -E_model[ ∇_θ E(x') ]; its value is not a likelihood.
+    Its gradient is that of `ml`, because ∇_θ log Z = -E_model[ ∇_θ E(x') ]. Its value is not a likelihood.
     x_model (B', …) are samples of the model, held constant.
     """
     return energy(x).mean() - energy(x_model.detach()).mean()
@@ -36,36 +35,33 @@ def sml(energy, x, x_model):
 
 @torch.enable_grad()  # ∇E is needed under no_grad, too
 def sm(energy, x):
-    """Score matching, exact: E[ ½‖∇E‖² - tr ∇²E ]   (Hyvärinen 2005). D backward passes: for small D."""
+    """Exact score matching: E[ ½‖∇E‖² - tr ∇²E ]   (Hyvärinen 2005). It takes D backward passes, so D must be small."""
     x, grad = _grad(energy, x)
-    elements = grad.flatten(1).unbind(1)  # D of (B,)
     trace = sum(torch.autograd.grad(g.sum(), x, create_graph=True)[0].flatten(1)[:, i]
-                for i, g in enumerate(elements))
+                for i, g in enumerate(grad.flatten(1).unbind(1)))  # D of (B,)
     return (0.5 * _dot(grad, grad) - trace).mean()
 
 
 @torch.enable_grad()
 def ssm(energy, x, v=None):
-    """Sliced score matching: E[ ½‖∇E‖² - vᵀ∇²E v ], v Rademacher   (Song et al. 2019, variance-reduced form).
+    """Sliced score matching: E[ ½‖∇E‖² - vᵀ∇²E v ]   (Song et al. 2019, variance-reduced form; poster, Eq. (5)).
 
-    v like x: random signs (any v with E[v vᵀ] = I is right).
+    v like x: random signs (Rademacher). Any v with E[v vᵀ] = I is right.
     """
-    if v is None:
-        v = rademacher(x)
+    v = rademacher(x) if v is None else v
     x, grad = _grad(energy, x)
     Hv, = torch.autograd.grad(_dot(grad, v).sum(), x, create_graph=True)
     return (0.5 * _dot(grad, grad) - _dot(v, Hv)).mean()
 
 
 def fdssm(energy, x, xi, eps=None):
-    """Sliced score matching by finite differences, in the limit ξ → 0 `sm` with an error O(ξ²)   (Pang et al. 2020):
+    """Sliced score matching by finite differences; it tends to `sm` as ξ → 0, with an error O(ξ²)   (Pang et al. 2020):
 
         (D/ξ²) · ( E[ 2E(x) - E(x+ε) - E(x-ε) ] + ⅛ E[ (E(x+ε) - E(x-ε))² ] ),   ε uniform on the sphere ‖ε‖ = ξ
 
-    eps like x, of norm ξ for each sample. The three energies are one batch: three forward passes, one backward.
+    eps like x, with norm ξ for each sample.   Poster, Eq. (6).
     """
-    if eps is None:
-        eps = on_sphere(x, xi)
+    eps = on_sphere(x, xi) if eps is None else eps
     D = x[0].numel()
     E, E_plus, E_minus = energy(torch.cat([x, x + eps, x - eps])).chunk(3)
     return D / xi**2 * (2 * E - E_plus - E_minus + (E_plus - E_minus).square() / 8).mean()
@@ -73,28 +69,22 @@ def fdssm(energy, x, xi, eps=None):
 
 @torch.enable_grad()
 def dsm(energy, x, sigma, noise=None, pooled=False):
-    """Denoising score matching: E[ ½‖∇E(x̃) + (x - x̃)/σ²‖² ], x̃ = x + σ·noise   (Vincent 2011).
+    """Denoising score matching: E[ ½‖∇E(x̃) + (x - x̃)/σ²‖² ], x̃ = x + σ·noise   (Vincent 2011; poster, Eq. (7)).
 
     noise like x, standard normal. The minimiser is the data density smoothed by N(0, σ²I).
 
-    The same x̃ could have come from other points of the batch. With `pooled`, x is replaced by their mean given x̃,
-
-        Σ_j w_j x_j,      w_j ∝ exp( -‖x̃ - x_j‖² / 2σ² )
-
-    which leaves the expected gradient as it is, since either way the target is the score of the batch smoothed by
-    N(0, σ²I), and takes away the target's variance at x̃. Where σ is small beside the distances between points, as
-    between images, w is 1 for x itself and nothing changes. Source of the idea: Xu et al. (2023), stable target field.
+    ours: with `pooled`, the target x is replaced by the mean of the batch given x̃, Σ_j w_j x_j with
+    w_j ∝ exp( -‖x̃ - x_j‖² / 2σ² ). The expected gradient is the same, because x̃ came from x_j with probability w_j.
+    The variance is smaller where points lie closer than σ. Source of the idea: Xu et al. (2023), stable target field.
     """
-    if noise is None:
-        noise = torch.randn_like(x)
+    noise = torch.randn_like(x) if noise is None else noise
     x_noisy = x + sigma * noise
     if pooled:
-        products = x_noisy.flatten(1) @ x.flatten(1).T  # (B, B); ‖x̃‖² is one number in each row, and w does not change with it
+        products = x_noisy.flatten(1) @ x.flatten(1).T  # (B, B); ‖x̃‖² is constant in each row and cancels
         w = torch.softmax((products - 0.5 * _dot(x, x)) / sigma**2, dim=1)
         noise = (x_noisy - (w @ x.flatten(1)).view_as(x)) / sigma
     _, grad = _grad(energy, x_noisy)
-    residual = grad - noise / sigma
-    return 0.5 * _dot(residual, residual).mean()
+    return 0.5 * (grad - noise / sigma).square().flatten(1).sum(1).mean()
 
 
 def rademacher(x):
@@ -109,7 +99,7 @@ def on_sphere(x, radius):
 
 
 def _grad(energy, x):
-    """x as a leaf and ∇E(x) as a function of it and of the parameters."""
+    """A copy of x that is a leaf, and ∇E at it as a function of it and of the parameters.   -> like x, like x"""
     x = x.detach().requires_grad_()
     return x, torch.autograd.grad(energy(x).sum(), x, create_graph=True)[0]
 
@@ -117,3 +107,16 @@ def _grad(energy, x):
 def _dot(a, b):
     """The inner product of each sample.   (B, …), (B, …) -> (B,)"""
     return (a * b).flatten(1).sum(1)
+
+
+# --loss NAME minimises this: (model, batch, share, settings) -> (). Every process draws the random numbers of the whole
+# batch; `share` takes its share of the rows (support/processes.py).
+OBJECTIVES = {
+    "ml":    lambda model, x, share, **_: ml(model.log_prob, share(x)),
+    "sml":   lambda model, x, share, model_samples, **_: sml(
+                 model.energy, share(x), share(model.sample(model_samples))),
+    "ssm":   lambda model, x, share, **_: ssm(model.energy, share(x), share(rademacher(x))),
+    "dsm":   lambda model, x, share, sigma, pooled=False, **_: dsm(
+                 model.energy, share(x), sigma, share(torch.randn_like(x)), pooled),
+    "fdssm": lambda model, x, share, xi, **_: fdssm(model.energy, share(x), xi, share(on_sphere(x, xi))),
+}

@@ -1,19 +1,19 @@
-"""Markov chains on any energy: samples of π(x) = exp(-E(x)) / Z, and what they are worth.
+"""Markov chains on any energy: draws from π(x) = exp(-E(x)) / Z, and how good the draws are.
 
-`energy` is a callable (B, …) -> (B,), as in losses.py. A batch x is B independent chains; what comes back has its
-device and dtype. `where`, boolean, is True at the coordinates that move (None: all) and broadcasts over x.
+`energy` is a callable (B, …) -> (B,), as in losses.py. A batch x is B independent chains; the result has its device and
+dtype. `where`, boolean, is True at the coordinates that move (None: all) and broadcasts with x.
 
-    kernel         x' is proposed by                   leaves π invariant   crosses between distant modes
-    langevin       N(x - a∇E(x), 2aI), always taken    up to O(a)           no
-    mala           the same, taken or rejected         exactly              no
-    independence   a flow q, taken or rejected         exactly              yes, the more often the closer q is to π
+    kernel         proposes x' from                 leaves π invariant   crosses between distant modes
+    langevin       N(x - a∇E(x), 2aI)               up to O(a)           no
+    mala           the same, accepts or rejects     exactly              no
+    independence   a flow q, accepts or rejects     exactly              yes, more often where q is closer to π
 
-`alternate` has both: local steps explore a mode, global ones give the modes their weights. Rejection makes a kernel
-reversible (Metropolis et al. 1953, Hastings 1970), whatever the proposal q(x'|x) is:
+`alternate` combines two: local steps explore a mode, global steps give the modes their weights. Accepting x' with the
+probability α makes a kernel reversible for every proposal q(x'|x) (Metropolis et al. 1953, Hastings 1970):
 
     α(x → x') = min(1, π(x') q(x|x') / (π(x) q(x'|x)))   gives   π(x) q(x'|x) α(x → x') = π(x') q(x|x') α(x' → x)
 
-Z cancels. Acceptance is counted on the device: the host looks before and after the steps of a call or round only.
+Z cancels. π is invariant only for a FIXED energy and flow. Chains that run while these are trained lag behind π.
 """
 
 import math
@@ -23,14 +23,14 @@ import torch
 
 
 class SamplingError(ValueError):
-    """Chains cannot start, or got nowhere, or there is nothing to sample; the message says what to change."""
+    """Chains cannot start, diverge or never move, or the arguments do not fit; the message says what to change."""
 
 
 class Report(NamedTuple):
-    """The step size, and the share of accepted proposals of each chain, None where none could be rejected."""
+    """The step size, and the acceptance rate of each chain. A rate is None if no step of that kind can be rejected."""
     step_size: float
-    acceptance: torch.Tensor | None = None         # (B,) of the Langevin proposals
-    global_acceptance: torch.Tensor | None = None  # (B,) of the flow's proposals
+    acceptance: torch.Tensor | None = None         # (B,) of mala
+    global_acceptance: torch.Tensor | None = None  # (B,) of independence
 
     def __str__(self):
         shares = {"acceptance": self.acceptance, "global acceptance": self.global_acceptance}
@@ -39,16 +39,13 @@ class Report(NamedTuple):
             for name, share in shares.items() if share is not None)
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Local steps: Langevin
-# ---------------------------------------------------------------------------------------------------------
-
+# ---- Local steps: Langevin dynamics ----------------------------------------------------------------------------------
 
 def langevin(energy, x, steps, step_size, where=None):
     """Unadjusted Langevin (ULA): x ← x - a∇E(x) + √(2a) z, z ~ N(0, I), `steps` times.   (B, …) -> (B, …)
 
-    What it leaves invariant differs from π by O(a): of N(0, s²) it draws with the variance s² / (1 - a/(2s²)).
-    Raises SamplingError where a chain starts at a non-finite energy or becomes non-finite itself.
+    Its invariant distribution is π only up to O(a). For example, π = N(0, s²) becomes N(0, s² / (1 - a/(2s²))).
+    Raises SamplingError if a chain starts at a non-finite energy or becomes non-finite itself.
     """
     x = x.detach()
     for step in range(steps):
@@ -56,7 +53,7 @@ def langevin(energy, x, steps, step_size, where=None):
         if step == 0:
             _check_start(E, step_size)
         x = _propose(x, grad, step_size, where)
-    lost = ~x.flatten(1).isfinite().all(1)  # at the end is soon enough: there is no way back from inf or nan
+    lost = ~x.flatten(1).isfinite().all(1)  # one check at the end: a chain never returns from inf or nan
     if _any(lost):
         raise SamplingError(f"{lost.sum()} of {len(x)} chains became non-finite in {steps} Langevin steps "
                             f"of size {step_size:.3g}: lower step_size")
@@ -64,10 +61,10 @@ def langevin(energy, x, steps, step_size, where=None):
 
 
 def mala(energy, x, steps, step_size, where=None):
-    """Metropolis-adjusted Langevin (Roberts and Tweedie 1996); π is invariant.   (B, …) -> (B, …), Report
+    """Metropolis-adjusted Langevin algorithm (MALA; Roberts and Tweedie 1996).   (B, …) -> (B, …), Report
 
-    A proposal with an energy that is nan or infinite is rejected. Raises SamplingError where a chain starts at such
-    an energy, or if all chains rejected everything in 10 steps or more.
+    It leaves π invariant for a fixed energy. It rejects a proposal with a non-finite energy. Raises SamplingError if a
+    chain starts at such an energy, or if all chains reject everything in 10 steps or more.
     """
     x, accepted, _ = _mala(energy, x, steps, step_size, where)
     _check_accepted(accepted, steps, step_size)
@@ -75,13 +72,13 @@ def mala(energy, x, steps, step_size, where=None):
 
 
 def tune(energy, x, steps, step_size, target=0.574, where=None):
-    """`mala` while the step size, one for all chains, adapts to accept `target`.   (B, …) -> (B, …), step size ()
+    """`mala` while one step size for all chains adapts to the acceptance `target`.   (B, …) -> (B, …), step size ()
 
         log a ← log a + t^(-0.6) · (mean α - target),   t = 1, 2, …      (Robbins and Monro 1951)
 
-    For burn-in only. A step size that depends on the past makes the next state depend on it, so this is no Markov
-    chain, and π is not invariant; go on with `mala` at the step size that is returned. 0.574 is the most efficient
-    acceptance in high dimensions (Roberts and Rosenthal 1998).
+    For burn-in only: the step size depends on the past of the chains, so π is not invariant. Continue with `mala` at
+    the step size that is returned. 0.574 is the most efficient acceptance in high dimensions (Roberts and Rosenthal
+    1998). Raises SamplingError like `mala`.
     """
     x, accepted, step_size = _mala(energy, x, steps, step_size, where, target)
     _check_accepted(accepted, steps, step_size)
@@ -89,11 +86,11 @@ def tune(energy, x, steps, step_size, target=0.574, where=None):
 
 
 def impute(energy, x, mask, steps, step_size, adjusted=False, start=None):
-    """Draws what is missing given what is observed: Langevin on the missing coordinates.   (B, …) -> (B, …), Report
+    """Draws the missing coordinates given the observed ones, by Langevin steps.   (B, …) -> (B, …), Report
 
-    mask, boolean, is True where x is MISSING; of x's shape, or of one event's for the whole batch. What x holds there,
-    zeros or nan, is not looked at: the chains start at `start`, like x, or else at N(0, I). To go on with chains, pass
-    start=x. What is observed comes back bit for bit. `adjusted` takes `mala` instead of `langevin`.
+    mask, boolean, is True where x is MISSING. It has the shape of x, or of one event for all. The values of x there are
+    ignored: chains start at `start`, like x, or else at N(0, I), and start=x continues earlier chains. The observed
+    values come back bit for bit. The steps are `mala` if `adjusted`, else `langevin`. Raises SamplingError.
     """
     mask = _check_mask(mask, x)
     x = torch.where(mask, torch.randn_like(x) if start is None else start.to(x), x)
@@ -102,18 +99,17 @@ def impute(energy, x, mask, steps, step_size, adjusted=False, start=None):
     return langevin(energy, x, steps, step_size, where=mask), Report(step_size)
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Global steps: a flow proposes
-# ---------------------------------------------------------------------------------------------------------
-
+# ---- Global steps: a flow proposes -----------------------------------------------------------------------------------
 
 @torch.no_grad()
 def independence(energy, flow, x):
-    """One step of independence Metropolis-Hastings: x' ~ q, wherever x is.   (B, …) -> (B, …), accepted (B,)
+    """One step of Metropolis-Hastings with proposals x' ~ q independent of x.   (B, …) -> (B, …), accepted (B,) bool
 
         log α = min(0, [-E(x') - log q(x')] - [-E(x) - log q(x)])
 
-    `flow` is anything with sample(n) -> (n, …) and log_prob(x) -> (n,). It may be wrong, but no mode may be missing.
+    `flow` is anything with sample(n) -> (n, …) and log_prob(x) -> (n,). For a fixed energy and a fixed flow, π is
+    invariant even if q is a poor fit. But the step never reaches a mode that q misses. Raises SamplingError if a chain
+    starts at a non-finite energy.
     """
     x_new = flow.sample(len(x)).to(x)
     E = _energy(energy, x)
@@ -123,10 +119,10 @@ def independence(energy, flow, x):
 
 
 def alternate(energy, flow, x, rounds, local_steps, step_size, adjusted=True):
-    """Rounds of `local_steps` Langevin steps, then one global step of the flow.   (B, …) -> (B, …), Report
+    """`rounds` times: `local_steps` Langevin steps, then one global step of the flow.   (B, …) -> (B, …), Report
 
-    `adjusted` takes `mala`, else `langevin`; with flow=None the steps are local only. Source: Gabrié, Rotskoff and
-    Vanden-Eijnden, "Adaptive Monte Carlo augmented with normalizing flows" (2022).
+    The local steps are `mala` if `adjusted`, else `langevin`. flow=None: no global steps. Raises SamplingError. Source:
+    Gabrié, Rotskoff and Vanden-Eijnden, "Adaptive Monte Carlo augmented with normalizing flows" (2022).
     """
     accepted, jumped = torch.zeros(2, len(x), device=x.device)
     for _ in range(rounds):
@@ -144,18 +140,15 @@ def alternate(energy, flow, x, rounds, local_steps, step_size, adjusted=True):
                      jumped / rounds if flow is not None else None)
 
 
-# ---------------------------------------------------------------------------------------------------------
-# What the draws are worth
-# ---------------------------------------------------------------------------------------------------------
-
+# ---- How good the draws are ------------------------------------------------------------------------------------------
 
 def effective_sample_size(log_weights):
-    """(Σ w)² / Σ w²: n where the weights are equal, 1 where one has it all.   (n,) -> ()"""
+    """ESS = (Σ w)² / Σ w²: n if all importance weights w are equal, 1 if all but one are 0 (Kong 1992).   (n,) -> ()"""
     return (2 * log_weights.logsumexp(0) - (2 * log_weights).logsumexp(0)).exp()
 
 
-class LogZ(NamedTuple):
-    """log Z in nats, its standard error √(1/ESS - 1/n), the ESS; `reliable` where ESS ≥ 100: an error below 0.1."""
+class LogZEstimate(NamedTuple):
+    """An estimate of log Z in nats, its standard error √(1/ESS - 1/n), and the ESS. `reliable` means ESS ≥ 100."""
     log_z: torch.Tensor                  # ()
     standard_error: torch.Tensor         # ()
     effective_sample_size: torch.Tensor  # ()
@@ -163,22 +156,23 @@ class LogZ(NamedTuple):
 
 
 @torch.no_grad()
-def log_z(energy, flow, n):
-    """log Z = log E_q[ exp(-E(x)) / q(x) ] from n draws of the flow q: importance sampling.   -> LogZ
+def estimate_log_z(energy, flow, n):
+    """log Z = log E_q[ exp(-E(x)) / q(x) ], by importance sampling with n draws of the flow q.   -> LogZEstimate
 
-    Error and ESS come from the same draws: neither knows of a mode that q never visits.
+    Error and ESS come from the same draws, so they miss a mode that q never visits.
     """
     x = flow.sample(n)
     log_weights = -_energy(energy, x) - flow.log_prob(x)
     ess = effective_sample_size(log_weights)
-    return LogZ(log_weights.logsumexp(0) - math.log(n), (1 / ess - 1 / n).clamp(min=0).sqrt(), ess, ess >= 100)
+    error = (1 / ess - 1 / n).clamp(min=0).sqrt()
+    return LogZEstimate(log_weights.logsumexp(0) - math.log(n), error, ess, ess >= 100)
 
 
 def autocorrelation_time(series, window=5):
-    """τ = 1 + 2 Σ_{t=1…M} ρ_t with the least M ≥ window · max(τ(M), 1)   (Sokal 1997).   (T, B) -> ()
+    """τ = 1 + 2 Σ_{t=1…M} ρ_t with the smallest M ≥ window · max(τ(M), 1)   (Sokal 1997).   (T, B) -> ()
 
-    The mean of the series is worth that of T·B/τ independent draws. Believe it where T ≥ 50 τ. ρ is averaged over the
-    chains, around the mean of them all and not each one's own: chains which never leave their modes have τ ~ T.
+    The mean of the series is as accurate as that of T·B/τ independent draws. τ is reliable if T ≥ 50 τ. ρ is averaged
+    over the chains, and taken around their common mean: chains that never leave their modes have τ ~ T.
     """
     T = len(series)
     spectrum = torch.fft.rfft(series - series.mean(), n=2 * T, dim=0)  # twice the length: lags do not wrap around
@@ -186,16 +180,13 @@ def autocorrelation_time(series, window=5):
     taus = 2 * (covariance / covariance[0]).cumsum(0) - 1  # τ(M) by M
     enough = torch.arange(T, device=series.device) >= window * taus.clamp(min=1)
     enough[-1] = True
-    return taus.take(enough.int().argmax())  # the first
+    return taus.take(enough.int().argmax())  # the first such M
 
 
-# ---------------------------------------------------------------------------------------------------------
-# The steps themselves
-# ---------------------------------------------------------------------------------------------------------
-
+# ---- The steps and the checks ----------------------------------------------------------------------------------------
 
 def _mala(energy, x, steps, a, where=None, target=None):
-    """-> x (B, …), the number of accepted steps (B,), the step size. One energy and gradient for each step."""
+    """-> x (B, …), the number of accepted steps (B,), the step size. Each step computes one energy and gradient."""
     x = x.detach()
     E, grad = _energy_and_grad(energy, x, where)
     _check_start(E, a)
@@ -225,7 +216,7 @@ def _log_q(x_new, x, grad, a):
 def _accept(E, E_new, log_forth, log_back):
     """log α = min(0, [-E(x') + log q(x|x')] - [-E(x) + log q(x'|x)]).   (B,) each -> accepted (B,), α (B,)
 
-    log_forth is log q(x'|x), log_back is log q(x|x'). What is nan or infinite, with either sign, is rejected.
+    log_forth is log q(x'|x), log_back is log q(x|x'). If log α is nan or ±inf, x' is rejected.
     """
     log_alpha = (-E_new + log_back) - (-E + log_forth)
     alpha = torch.where(log_alpha.isfinite(), log_alpha.clamp(max=0).exp(), 0.0)
@@ -233,7 +224,7 @@ def _accept(E, E_new, log_forth, log_back):
 
 
 def _select(accept, new, old):
-    """new where accepted, else old.   (B,), (B, …), (B, …) -> (B, …)"""
+    """new where `accept`, else old.   (B,), (B, …), (B, …) -> (B, …)"""
     return torch.where(accept.view(-1, *[1] * (old.dim() - 1)), new, old)
 
 
@@ -247,19 +238,14 @@ def _energy(energy, x):
 
 @torch.enable_grad()
 def _energy_and_grad(energy, x, where=None):
-    """E(x), and ∇E(x) with 0 at the coordinates that do not move.   (B, …) -> (B,), (B, …)"""
+    """E(x) and ∇E(x), which is set to 0 at the coordinates that do not move.   (B, …) -> (B,), (B, …)"""
     x = x.detach().requires_grad_()
     E = _energy(energy, x)
     grad, = torch.autograd.grad(E.sum(), x)
     return E.detach(), grad if where is None else torch.where(where, grad, 0.0)
 
 
-# ---------------------------------------------------------------------------------------------------------
-# The checks
-# ---------------------------------------------------------------------------------------------------------
-
-
-def _any(bad):
+def _any(bad):  # on device "meta" there is no value to check
     return not bad.is_meta and bool(bad.any())
 
 
@@ -279,7 +265,7 @@ def _check_accepted(accepted, steps, step_size):
 
 
 def _check_mask(mask, x):
-    """The mask in x's shape."""
+    """The mask in the shape of x. Raises SamplingError if it does not fit."""
     if mask.dtype != torch.bool:
         raise SamplingError(f"the mask must be boolean, True where x is missing, not {mask.dtype}")
     if mask.shape not in (x.shape, x.shape[1:]):

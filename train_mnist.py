@@ -3,123 +3,153 @@
     python train_mnist.py --loss dsm
 
 One run fills one directory: curves.png, samples.png, metrics.jsonl, config.json, and checkpoint.pt, from which
---resume goes on. NLL is that of images in [0, 256)^D, in nats; bits/dim = NLL / (D ln 2). The validation split
-decides which epoch is kept; the test split is read once, at the end. Under torchrun several GPUs or processes share
-every batch (processes.py).
+--resume continues. NLL is that of images in [0, 256)^D, in nats; bits/dim = NLL / (D ln 2). The validation split
+decides which epoch is kept, and the test split is read once, at the end. Recipes and settings: support/settings.py.
 """
 
-import argparse
 import contextlib
+import copy
 import hashlib
 import math
-from pathlib import Path
+import time
+from operator import attrgetter
 
 import torch
-from matplotlib.figure import Figure
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-import processes
-from data import MNIST, DataError, dequantize, mnist
+from data import DataError, dequantize, mnist
 from ebflow import EBFlow, cnn_flow, fc_flow, glow_flow, logit_preprocessing
-from flags import OPTIMIZATION, add_compile_flag, add_run_flags, add_settings, configuration, pick_device, with_settings
 from layers import ActNorm, FullyConnected
-from run import Run, RunError, curves, one_line_errors, read_checkpoint
-from training import MovingAverage, fast_matmul, fit, make_optimizer
+from losses import OBJECTIVES
+from support import plots, processes, settings
+from support.fast import accelerated, fast_products
+from support.optimization import cosine, trainable, update_average
+from support.run import Run, RunError, one_line_errors, read_checkpoint
 
-# The settings that a flag of the same name changes. `--paper` takes the published ones instead.
-COMMON = OPTIMIZATION | dict(
-    epochs=20,
-    batch_size=100,
-    lr=1e-4,             # at its peak
-    s=1.0,               # the flow's datum is z = logit(x / 256) / s, which is then
-    normalize="center",  # left ("none"), centred on a black pixel ("black") or on each pixel's mean ("center"), and
-                         # then given variance 1 ("scale") or covariance I ("whiten")
-)
-MATRICES = COMMON | dict(
-    diagonal=1.0,        # initial weights: diagonal · I
-    bias=0.0,            # initial biases
-    bend=1.5,            # where the activation bends (see SmoothLeakyReLU)
-    actnorm="none",      # or a last layer more, which the one before could take in: an actnorm, "trained" or at its "moments"
-)
-LOSSES = ["ml", "sml", "ssm", "dsm", "fdssm"]
-SLICED = dict(noise=0.0)  # added to what ssm and fdssm see, as σ of dsm is: they then learn the smoothed density, too
-DEFAULTS = {
-    "fc": {
-        "ml": MATRICES | dict(lr=6e-3, batch_size=200, epochs=40, bend=0.0),
-        "sml": MATRICES | dict(lr=3e-3, batch_size=200, epochs=25, bend=0.0, model_samples=400),
-        "ssm": MATRICES | SLICED | dict(epochs=10, normalize="whiten"),
-        "dsm": MATRICES | dict(sigma=0.4),
-        "fdssm": MATRICES | SLICED | dict(batch_size=500, epochs=40, normalize="whiten", xi=1.0),
-    },
-}
-CONVOLUTIONS = MATRICES | dict(normalize="whiten")  # needs more images than pixels; without it each ends 30 to 50 nats higher
-LIKELY = CONVOLUTIONS | dict(epochs=5, lr=1e-2, diagonal=0.6, bend=1.0)
-MATCHED = CONVOLUTIONS | dict(epochs=6, lr=5e-4, diagonal=-0.6, bend=0.0, actnorm="moments")
-DEFAULTS["cnn"] = {
-    "ml": LIKELY,
-    "sml": LIKELY | dict(model_samples=100),
-    "ssm": MATCHED | dict(epochs=8, noise=0.4),
-    "dsm": MATCHED | dict(sigma=0.4),
-    "fdssm": MATCHED | dict(batch_size=1000, epochs=30, lr=1e-3, noise=0.4, xi=0.5),
-}
-GLOW = COMMON | dict(
-    epochs=5, lr=1e-3, clip=500.0,
-    width=32,            # channels of the couplings' networks; 512 as published, for a GPU
-    depth=4,             # steps of a block; 16 as published
-    floor=0.0,           # of the couplings' scales, by which g⁻¹ divides
-    actnorm="trained",   # the last one, as the other layers are, or held at the "moments" of what reaches it (see `following`)
-)
-# Whitened, which takes more images than pixels: from centred pixels, dsm ends 70 nats higher.
-GLOW_MATCHED = GLOW | dict(normalize="whiten", floor=0.5, actnorm="moments", clip=0.0)
-DEFAULTS["glow"] = {
-    "ml": GLOW,
-    "sml": GLOW | dict(lr=3e-4, floor=0.5, model_samples=100),
-    "ssm": GLOW_MATCHED | dict(clip=100.0, noise=0.4),
-    "dsm": GLOW_MATCHED | dict(sigma=0.4),
-    "fdssm": GLOW_MATCHED | dict(noise=0.4, xi=1.0),
-}
-PUBLISHED = MATRICES | dict(epochs=50, optimizer="rmsprop", schedule="steps", normalize="none", diagonal=-1.0, bend=None)
-PAPER = {
-    "fc": {
-        "ml": PUBLISHED | dict(s=0.5, bias=1.0),
-        "sml": PUBLISHED | dict(s=0.5, bias=1.0, model_samples=100),
-        "ssm": PUBLISHED | SLICED | dict(s=0.5, bias=1.0),
-        "dsm": PUBLISHED | dict(s=0.5, bias=1.0, sigma=1.0),
-        "fdssm": PUBLISHED | SLICED | dict(s=0.5, bias=1.0, xi=1.0, clip=5.0),
-    },
-    "cnn": {
-        "ml": PUBLISHED | dict(s=0.75, bias=0.01, decay=0.925),
-        "sml": PUBLISHED | dict(s=0.75, bias=0.01, decay=0.925, model_samples=100),
-        "ssm": PUBLISHED | SLICED | dict(s=0.75, bias=0.01),
-        "dsm": PUBLISHED | dict(s=0.75, bias=0.01, sigma=0.1),
-        "fdssm": PUBLISHED | SLICED | dict(s=0.75, bias=0.01, xi=0.1, clip=5.0),
-    },
-}
-PUBLISHED_GLOW = GLOW | dict(lr=1e-5, weight_decay=0.1, normalize="none", width=512, depth=16, schedule="steps", decay=1.0)
-PAPER["glow"] = {
-    "ml": PUBLISHED_GLOW,
-    "sml": PUBLISHED_GLOW | dict(model_samples=100),
-    "ssm": PUBLISHED_GLOW | SLICED,
-    "dsm": PUBLISHED_GLOW | dict(sigma=0.1),
-    "fdssm": PUBLISHED_GLOW | SLICED | dict(xi=0.1),
-}
 
+def train(s, device):
+    # Data: bytes (n, 1, H, W), on the device
+    splits = mnist(s.data)
+    train_set, val_set, test_set = splits[0].to(device), splits[1].to(device), splits[2].to(device)
+    steps = len(train_set) // s.batch_size
+    if steps == 0:
+        raise RunError(f"{len(train_set)} training images do not fill a batch of {s.batch_size}: lower --batch-size")
+
+    # Flow: x -> z by the pre-processing, z -> u by what is trained
+    torch.manual_seed(s.seed)
+    pre, flow = build(s, splits[0])
+    model = EBFlow([*pre.layers, *flow.layers], pre.shape).to(device)  # of x; pre and flow are its parts
+    averaged = copy.deepcopy(model)                                    # θ̃ of EMA
+    evaluated = averaged if s.ema else model
+    step, optimizer = make_step(s, pre, flow, model, averaged)
+
+    sha256 = hashlib.sha256(b"".join(map(torch.Tensor.numpy, splits))).hexdigest()
+    parts = {"model": model, "averaged": averaged, "optimizer": optimizer}
+    with Run(s, "lower --lr, or set or lower --clip", parts, images=[*splits[0].shape], sha256=sha256) as run:
+        print(model, flush=True)
+        best = run.state.get("best", {"val_nll": math.inf})
+        for epoch in range(run.state["epoch"] + 1, s.epochs + 1):      # epoch 0 shows what the start alone is worth
+            start = time.perf_counter()
+            torch.manual_seed(1_000_003 * s.seed + epoch)              # a resumed run has no generator to restore
+            order = torch.randperm(len(train_set), device=device)[:steps * s.batch_size]
+            batches = order.split(s.batch_size) if epoch else ()
+            for i, index in enumerate(run.watch(epoch, batches)):
+                n = (epoch - 1) * steps + i                            # steps before this one
+                published = s.decay ** min(epoch - 1, 49)
+                factor = cosine(n / (s.epochs * steps)) if s.schedule == "cosine" else published
+                optimizer.param_groups[0]["lr"] = s.lr * factor
+                run.record(step(train_set[index], n))
+            rate = steps / (time.perf_counter() - start) if epoch else None
+
+            if s.actnorm == "moments" and s.ema:                       # averaged weights have their own moments
+                torch.manual_seed(0)
+                track_moments(evaluated, dequantize(train_set[:1000]).view(-1, *model.shape))
+            row = {"epoch": epoch, "step": epoch * steps, "loss": None} | run.means  # of what was recorded
+            row |= evaluate("val", evaluated, val_set)                 # exact, with log Z
+            if epoch and row["val_nll"] < best["val_nll"]:
+                best = {"epoch": epoch, "val_nll": row["val_nll"], "model": copy.deepcopy(evaluated.state_dict())}
+            row["seconds"] = time.perf_counter() - start + (run.metrics[-1]["seconds"] if epoch else 0.0)
+            row["batches_per_second"] = rate
+            run.save(row, {"epoch": epoch, "best": best}, shown=("loss", "batches_per_second"))
+
+        model.load_state_dict(best["model"])
+        test = {"best_epoch": best["epoch"], "best_val_nll": best["val_nll"]} | evaluate("test", model, test_set)
+        torch.manual_seed(0)
+        samples = model.sample(64).view(64, *splits[0].shape[-2:])
+        run.finish(test)
+        run.picture("curves.png", plots.curves(run.metrics, s.loss))
+        run.picture("samples.png", plots.mosaic(samples))
+
+
+def make_step(s, pre, flow, model, averaged):
+    """A training step, (images, n) -> {"loss": (), "grad_norm": ()} still on the device, and its optimiser.
+
+    pre    the pre-processing x -> z
+    flow   the flow of z
+    model  the flow of x, whose parameters are trained; averaged has their moving averages
+    """
+    matched = flow if s.map else model                                 # MaP: whose energy the objective sees
+    if s.loss == "dsm" and s.sigma == 0:
+        raise RunError("--sigma must be above 0 for dsm, which divides by it")
+    parameters, averages = trainable(model), trainable(averaged)
+    if s.optimizer == "adam":
+        optimizer = torch.optim.Adam(parameters, lr=s.lr, weight_decay=s.weight_decay, fused=True)
+    else:
+        optimizer = torch.optim.RMSprop(parameters, lr=s.lr, weight_decay=s.weight_decay)
+    objective, knobs = OBJECTIVES[s.loss], s.config()                  # losses.py: it takes its own settings from these
+
+    def gradient(z):                                                   # leaves ∇_θ in p.grad
+        loss = objective(matched, z, share=processes.share, **knobs)
+        loss.backward(inputs=parameters)                               # not for z, which is a leaf in ssm and dsm, too
+        return loss.detach()
+
+    gradient = accelerated(gradient, parameters, s)                    # support/fast.py
+
+    @fast_products(s.loss)                                             # support/fast.py
+    def step(images, n):
+        x = dequantize(images).view(-1, *model.shape)                  # (B, 1, H, W) -> (B, *shape)
+        z = pre(x) if s.map else x                                     # MaP: match after pre-processing
+        if s.loss in ("ssm", "fdssm") and s.sigma > 0:                 # ours: data as smooth as dsm's
+            z = z + s.sigma * torch.randn_like(z)
+        if s.actnorm == "moments" and n % 10 == 0:                     # ours: see track_moments
+            noise = torch.randn_like(z)
+            track_moments(matched, z + s.sigma * noise if s.loss == "dsm" else z, fraction=0.1)
+        optimizer.zero_grad()
+        loss = gradient(z)
+        if torch.distributed.is_initialized():                         # torchrun
+            loss = processes.average(loss, parameters)
+        norm = get_total_norm(list(map(attrgetter("grad"), parameters)))
+        if s.clip:
+            clip_grads_with_norm_(parameters, s.clip, norm)
+        optimizer.step()
+        update_average(averages, parameters, n)                        # EMA
+        return {"loss": loss, "grad_norm": norm}
+
+    return step, optimizer
+
+
+# ---- The model -------------------------------------------------------------------------------------------------------
 
 @torch.no_grad()
-def build(args, images):
-    """The pre-processing x -> z, the flow of z, and the flow of x that the two are together.
+def build(s, images):
+    """The pre-processing x -> z and the flow of z. Constants are measured on the training images, uint8 (n, 1, H, W).
 
-    Its constants are measured on the training images. Whitening is one more linear layer, held constant; with --arch fc
-    the family of densities is the same with and without it, since W₁ times it is another W₁.
+    ours: z is centred or whitened. Whitening is one more linear layer, which is not trained. With --arch fc the family
+    of densities is the same with and without it, since W₁ times the whitening matrix is another W₁.
     """
-    shape = (images[0].numel(),) if args.arch == "fc" else tuple(images.shape[1:])
-    pre = logit_preprocessing(shape, args.s)
-    if args.normalize != "none":
-        mean, covariance = moments(pre, images)
-        if args.normalize == "black":
-            mean = moments(pre, torch.zeros_like(images[:1000]))[0].mean().expand_as(mean)
-        std = covariance.diag().sqrt().view(shape) if args.normalize == "scale" else 1.0
-        pre = logit_preprocessing(shape, args.s * std, mean=args.s * mean.view(shape))
-    if args.normalize == "whiten":
+    shape = (images[0].numel(),) if s.arch == "fc" else tuple(images.shape[1:])
+    pre = logit_preprocessing(shape, s.s)
+    if s.normalize != "none":
+        first, second = 0.0, 0.0
+        for batch in images.split(1000):
+            z = pre(dequantize(batch).view(-1, *shape)).flatten(1).double()  # (B, D)
+            first = first + z.sum(0)
+            second = second + z.T @ z if s.normalize != "center" else 0.0  # slow, not needed there
+        mean = first / len(images)
+        covariance = second / len(images) - mean.outer(mean)
+        std = covariance.diag().sqrt().view(shape) if s.normalize == "scale" else 1.0
+        pre = logit_preprocessing(shape, s.s * std, mean=s.s * mean.view(shape))  # z was divided by s.s already
+    if s.normalize == "whiten":
         variances, U = torch.linalg.eigh(covariance)
         if variances[0] < 1e-10 * variances[-1]:
             raise RunError(f"{len(images)} images have a singular covariance and cannot be whitened: give more "
@@ -127,72 +157,36 @@ def build(args, images):
         whitening = FullyConnected(math.prod(shape)).requires_grad_(False)
         whitening.weight.copy_(U @ (variances.rsqrt()[:, None] * U.T))  # symmetric: pixels stay pixels
         pre = EBFlow([*pre.layers, whitening], shape)
+    if s.arch == "glow" and s.actnorm == "none":
+        raise RunError("--arch glow has actnorms: --actnorm is trained or moments")
     try:
-        if args.arch == "fc":
-            flow = fc_flow(*shape, diagonal=args.diagonal, bias=args.bias, bend=args.bend)
-        elif args.arch == "cnn":
-            flow = cnn_flow(shape, diagonal=args.diagonal, bias=args.bias, bend=args.bend)
+        if s.arch == "fc":
+            flow = fc_flow(*shape, diagonal=s.diagonal, bias=s.bias, bend=s.bend)
+        elif s.arch == "cnn":
+            flow = cnn_flow(shape, diagonal=s.diagonal, bias=s.bias, bend=s.bend)
         else:
-            flow = glow_flow(shape, args.width, args.depth, floor=args.floor)
-    except ValueError as error:  # an image that does not squeeze
-        raise RunError(f"--arch {args.arch} cannot take images of {images.shape[-2]}×{images.shape[-1]}: {error}") from None
-    if args.actnorm != "none":
-        if args.arch != "glow":
+            flow = glow_flow(shape, s.width, s.depth, floor=s.floor)
+    except ValueError as error:  # an image that does not squeeze, a floor too low
+        size = f"{images.shape[-2]}×{images.shape[-1]}"
+        raise RunError(f"--arch {s.arch} cannot take images of {size}: {error}") from None
+    if s.actnorm != "none":
+        if s.arch != "glow":
             flow = EBFlow([*flow.layers, ActNorm(flow.shapes[-1][0])], shape)
         with constant_channels_named():
             flow.initialize(pre(dequantize(images[:1000].view(-1, *shape))))
-        flow.layers[-1].requires_grad_(not moments_are_held(args))
-    return pre, flow, EBFlow([*pre.layers, *flow.layers], shape)
-
-
-def moments(transformation, images):
-    """Mean and covariance of the transformed images, in float64.   uint8 (n, …) -> (D,), (D, D)"""
-    first, second = 0.0, 0.0
-    for batch in images.split(1000):
-        z = transformation(dequantize(batch).view(-1, *transformation.shape)).flatten(1).double()
-        first, second = first + z.sum(0), second + z.T @ z
-    mean = first / len(images)
-    return mean, second / len(images) - mean.outer(mean)
-
-
-def minibatch(args, pre, images):
-    """What the objective sees of some images: x, or with MaP (match after pre-processing) z.   uint8 -> float"""
-    with torch.no_grad():
-        x = dequantize(images)
-        x = pre(x) if args.map else x
-        noise = getattr(args, "noise", 0.0)
-        return x + noise * torch.randn_like(x) if noise else x
-
-
-def minibatches(args, pre, images):
-    """An epoch of the images in random order, without the last batch if it is not whole."""
-    for index in torch.randperm(len(images), device=images.device).split(args.batch_size):
-        if len(index) == args.batch_size:
-            yield minibatch(args, pre, images[index])
-
-
-def following(args, model, batches, momentum=0.1):
-    """The batches. On every tenth, with the noise that dsm adds, a last actnorm that is held at the moments goes a tenth of the way
-    to them, or the fraction `momentum`.
-
-    The score hardly shows the mean and the scale of the flow's output, and where it alone trains them they drift. Before the
-    prior N(0, I) the moments are the maximum-likelihood values of the two.
-    """
-    for step, x in enumerate(batches):
-        if moments_are_held(args) and step % 10 == 0:
-            hold(model, x + getattr(args, "sigma", 0.0) * torch.randn_like(x), momentum)
-        yield x
-
-
-def moments_are_held(args):
-    return args.actnorm == "moments"
+        flow.layers[-1].requires_grad_(s.actnorm == "trained")
+    return pre, flow
 
 
 @torch.no_grad()
-def hold(model, x, momentum=1.0):
-    """The last layer, an actnorm, goes to the moments of what reaches it, or the fraction `momentum` of the way."""
+def track_moments(flow, x, fraction=1.0):
+    """ours: moves the last layer, an actnorm, this fraction of the way towards mean 0 and variance 1 of its output.
+
+    Score matching barely constrains the mean and scale of the flow's output. Likelihood does, and before the prior
+    N(0, I) these moments maximise it.
+    """
     with constant_channels_named():
-        model.layers[-1].initialize(EBFlow(model.layers[:-1], model.shape)(x), momentum)
+        flow.layers[-1].initialize(EBFlow(flow.layers[:-1], flow.shape)(x), fraction)
 
 
 @contextlib.contextmanager
@@ -203,139 +197,43 @@ def constant_channels_named():
         raise RunError(f"{error}, or take another --actnorm") from None
 
 
-def refit(args, model, images):
-    """Averaged weights have moments of their own: a held actnorm takes those of 1,000 training images."""
-    if moments_are_held(args):
-        torch.manual_seed(0)
-        hold(model, dequantize(images[:1000]))
-
-
-@torch.no_grad()
-def evaluate(model, images):
-    """NLL of the images in nats, with the exact log Z, under the same dequantisation noise at every call."""
-    torch.manual_seed(0)
-    energy = sum(model.energy(dequantize(batch)).double().sum() for batch in images.split(1000))
-    return (energy / len(images) + model.log_z()).item()
-
-
-def train(args, device):
-    splits = mnist(args.data)
-    torch.manual_seed(args.seed)
-    pre, flow, image_model = (part.to(device) for part in build(args, splits[0]))
-    steps = len(splits[0]) // args.batch_size
-    if steps == 0:
-        raise RunError(f"{len(splits[0])} training images do not fill a batch of {args.batch_size}: lower --batch-size")
-    sizes = {"--batch-size": args.batch_size, "--model-samples": getattr(args, "model_samples", 0)}
-    for flag, size in sizes.items():
-        if size % processes.count():
-            raise RunError(f"{processes.count()} processes cannot share {flag} {size} alike: take a multiple")
-    run = Run(args.out, identity(args, splits), args.resume, args.overwrite)
-    if run.state is None and processes.rank() == 0:
-        print(image_model)
-    train_set, val_set, test_set = (x.view(len(x), *flow.shape).to(device) for x in splits)  # bytes, on the device
-
-    seen = flow if args.map else image_model  # whose energy the objective sees
-
-    def validate(model):
-        if args.ema:
-            refit(args, model, train_set)
-        return likelihood("val", evaluate(model, val_set), flow.shape)
-
-    best = fit(args, run, image_model, MovingAverage(image_model, args.ema_decay),
-               make_optimizer(args, image_model),
-               seen=seen, minibatches=lambda epoch: following(args, seen, minibatches(args, pre, train_set)), steps=steps,
-               context=lambda: fast_matmul(args.loss), evaluate=validate)
-
-    image_model.load_state_dict(best["model"])
-    test = likelihood("test", evaluate(image_model, test_set), flow.shape)
-    run.metrics[-1] |= test | {"best_epoch": best["epoch"]}
-    run.write_metrics()
-    run.picture("curves.png", curves(run.metrics, args.loss))
-    run.picture("samples.png", samples(image_model, splits[0].shape[1:]))
-    if processes.rank() == 0:
-        print(summary(run.metrics, best, run.directory))
-
-
 def load(directory, images):
-    """A finished run on these training images.   -> its settings, and pre-processing, flow and flow of images with the weights that were kept
+    """A run on images of this size.   -> settings, pre-processing, flow of z, and flow of x, with its best weights
 
     Raises RunError where there is no whole checkpoint, or one that does not fit.
     """
-    checkpoint = read_checkpoint(Path(directory) / "checkpoint.pt")
-    args = argparse.Namespace(**checkpoint["config"])
+    checkpoint = read_checkpoint(directory / "checkpoint.pt")
+    config = checkpoint["config"]
     try:
-        if args.images[1:] != list(images.shape[1:]):
-            raise RuntimeError  # as `load_state_dict` would
-        parts = build(args, images)
-        parts[-1].load_state_dict(checkpoint["state"]["best"]["model"])  # of which the other two are parts
-    except (AttributeError, KeyError, RuntimeError):
+        if config.pop("images")[1:] != list(images.shape[1:]) or config.pop("sha256") is None:
+            raise RuntimeError  # as load_state_dict would
+        s = settings.Mnist(**config)
+        pre, flow = build(s, images)
+        model = EBFlow([*pre.layers, *flow.layers], pre.shape)
+        model.load_state_dict(checkpoint["state"]["best"]["model"])
+    except (TypeError, KeyError, RuntimeError):
         raise RunError(f"{directory} is a run on images of another size, or of another version of this code") from None
-    return args, *parts
+    return s, pre, flow, model
 
 
-def likelihood(split, nll, shape):
-    return {f"{split}_nll": nll, f"{split}_bpd": nll / (math.prod(shape) * math.log(2))}
+# ---- Evaluation ------------------------------------------------------------------------------------------------------
 
-
-def samples(model, image_shape, rows=8):
-    """A square of draws from the model by the inverse of the flow."""
+@torch.no_grad()
+def evaluate(split, model, images):
+    """NLL of images in nats and bits/dim, with the exact log Z and the same dequantisation noise at every call."""
     torch.manual_seed(0)
-    images = model.sample(rows * rows).clamp(0, 255).view(rows, rows, *image_shape[-2:])
-    figure = Figure(figsize=(5, 5))
-    axes = figure.add_axes((0, 0, 1, 1))
-    axes.imshow(images.permute(0, 2, 1, 3).flatten(2).flatten(0, 1).cpu().numpy(), cmap="gray", vmin=0, vmax=255)
-    axes.axis("off")
-    return figure
-
-
-def summary(metrics, best, directory):
-    last = metrics[-1]
-    rows = [("at the start", f"{metrics[0]['val_nll']:.2f} nats on the validation split"),
-            ("validation NLL", f"{best['val_nll']:.2f} nats, epoch {best['epoch']}"),
-            ("test NLL", f"{last['test_nll']:.2f} nats, {last['test_bpd']:.4f} bits/dim"),
-            ("training", f"{last['seconds'] / 60:.1f} min with evaluation, {last['batches_per_second']:.1f} batches/s"),
-            ("written to", str(directory))]
-    return "\n".join(f"{name:16}{value}" for name, value in rows)
-
-
-def identity(args, splits):
-    """What decides the result: the settings, and the images themselves instead of their folder."""
-    digest = hashlib.sha256()
-    for split in splits:
-        digest.update(split.numpy())
-    config = configuration(args) | {"images": list(splits[0].shape), "sha256": digest.hexdigest()}
-    del config["data"]
-    return config
-
-
-def parse(argv=None):
-    parser = argparse.ArgumentParser(description="Train an energy-based flow on images in MNIST's format.")
-    on_off = argparse.BooleanOptionalAction
-    parser.add_argument("--loss", choices=LOSSES, default="dsm")
-    parser.add_argument("--arch", choices=list(DEFAULTS), default="fc")
-    parser.add_argument("--paper", action="store_true", help="the published settings instead of the tuned ones")
-    parser.add_argument("--map", action=on_off, default=True, help="match after pre-processing")
-    parser.add_argument("--data", default=MNIST, type=Path, help="directory of the IDX files")
-    parser.add_argument("--out", type=Path, help="directory of the run (runs/mnist-ARCH-LOSS)")
-    add_run_flags(parser)
-    add_compile_flag(parser)
-    tables = [settings for by_loss in DEFAULTS.values() for settings in by_loss.values()]
-    add_settings(parser, tables)
-    args = parser.parse_args(argv)
-    args = with_settings(parser, args, tables, (PAPER if args.paper else DEFAULTS)[args.arch][args.loss])
-    if args.arch == "glow" and args.actnorm == "none":
-        parser.error("--arch glow has actnorms: --actnorm is trained or moments")
-    if args.out is None:
-        args.out = Path("runs") / f"mnist-{args.arch}-{args.loss}"
-    return args
+    energy = 0.0
+    for batch in images.split(1000):
+        energy += model.energy(dequantize(batch).view(-1, *model.shape)).double().sum()
+    nll = (energy / len(images) + model.log_z()).item()
+    return {f"{split}_nll": nll, f"{split}_bpd": nll / (math.prod(model.shape) * math.log(2))}
 
 
 def main(argv=None):
-    args = parse(argv)
-    with one_line_errors(DataError, torch.linalg.LinAlgError):
-        device = pick_device(args.device, joint=True, compiling=args.compile)
-        with processes.joined(device):
-            train(args, device)
+    s = settings.parse(settings.Mnist, argv)
+    shared = {"--batch-size": s.batch_size} | ({"--model-samples": s.model_samples} if s.loss == "sml" else {})
+    with one_line_errors(DataError, torch.linalg.LinAlgError), processes.joined(s.device, shared) as device:
+        train(s, device)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,109 @@
+"""Speed. Every line that uses this file can be deleted: everything still runs, slower."""
+
+import contextlib
+
+import torch
+
+from support.run import RunError
+
+WAITING = ("ml", "sml")  # they factorise matrices and look whether these are singular: a GPU must be waited for
+
+
+def accelerated(gradient, parameters, s):
+    """The function `gradient` made faster. It takes tensors, returns the loss, and leaves ∇_θ in p.grad, None before.
+
+    With --compile it is `compiled`. On a GPU it is `Graphed`, but for the objectives that wait for the GPU anyway.
+    """
+    on_gpu = parameters[0].is_cuda
+    if s.compile and on_gpu:
+        raise RunError("--compile is for a CPU, a GPU replays a graph: leave it out, or use --device cpu")
+    if s.compile:
+        return compiled(gradient)
+    return Graphed(gradient, parameters) if on_gpu and s.loss not in WAITING else gradient
+
+
+class Graphed:
+    """A gradient whose kernels a GPU records as one CUDA graph at the first call, and replays from then on.
+
+    A step on a small batch is hundreds of short kernels, and python takes longer to start one than the GPU to run it.
+    What is recorded must not wait for the GPU, and sees only the tensors it is given and the parameters, which must
+    change in place. Random numbers are drawn anew in every replay. On another device it is the function itself.
+    Raises ValueError where an argument has another shape than at the first call.
+    """
+
+    def __init__(self, function, parameters):
+        self.function, self.parameters, self.graph = function, parameters, None
+
+    def __call__(self, *tensors):
+        if not tensors[0].is_cuda:
+            return self.function(*tensors)
+        with torch.cuda.device(tensors[0].device):
+            if self.graph is None:
+                self._record(tensors)
+            for recorded, tensor in zip(self.tensors, tensors, strict=True):
+                if recorded.shape != tensor.shape:
+                    raise ValueError(f"recorded for shape {tuple(recorded.shape)}, not {tuple(tensor.shape)}")
+                recorded.copy_(tensor)
+            self.graph.replay()
+        for p, gradient in zip(self.parameters, self.gradients):
+            p.grad = gradient
+        return self.loss  # the next call overwrites it
+
+    def _record(self, tensors):
+        self.tensors, graph = [t.clone() for t in tensors], torch.cuda.CUDAGraph()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.random.fork_rng([tensors[0].device]):  # a resumed run records at another step
+            with torch.cuda.stream(stream):
+                for _ in range(3):  # libraries set themselves up in their first calls; that is not to be recorded
+                    self.function(*self.tensors)
+                    self._forget()
+            torch.cuda.current_stream().wait_stream(stream)
+            with torch.cuda.graph(graph):
+                self.loss = self.function(*self.tensors)
+        self.graph, self.gradients = graph, [p.grad for p in self.parameters]
+
+    def _forget(self):
+        for p in self.parameters:
+            p.grad = None
+
+
+def compiled(function):
+    """The function by torch.compile, gradients in x included: element-wise operations fuse, and python's overhead goes.
+
+    Random numbers are the same, rounding differs. Each new shape compiles anew. Needs a C++ compiler: RunError without.
+    """
+    torch._dynamo.config.trace_autograd_ops = True  # a score takes ∇_x inside
+    function = torch.compile(function, fullgraph=True, dynamic=False, isolate_recompiles=True,
+                             options={"fallback_random": True})
+
+    def call(*tensors):
+        try:
+            return function(*tensors)
+        except torch._inductor.exc.InductorError as error:
+            raise RunError(f"torch.compile failed ({str(error).splitlines()[0]}): install a C++ compiler and python's "
+                           "headers, or continue without --compile and with --resume") from None
+
+    return call
+
+
+@contextlib.contextmanager
+def fast_products(loss):
+    """Matrix products of a training step: TF32 on a GPU; on a CPU bfloat16 if it has AMX, else float32 by oneDNN.
+
+    Not for `fdssm`, which divides small differences of energies by ξ²: TF32 adds noise to the gradient of the CNN, four
+    fifths of the noise of a batch. For ssm and dsm it is 3 % and 4 %. Evaluation stays outside.
+    """
+    exact, amx = loss == "fdssm", torch.cpu.get_capabilities().get("amx_bf16", False)
+    on_gpu = "ieee" if exact else "tf32"
+    wanted = ((torch.backends.cuda.matmul, on_gpu), (torch.backends.cudnn.conv, on_gpu),
+              (torch.backends.mkldnn.matmul, "ieee" if exact and amx else "bf16"))  # without AMX: oneDNN, in float32
+    before = []
+    for products, precision in wanted:
+        before.append(products.fp32_precision)
+        products.fp32_precision = precision
+    try:
+        yield
+    finally:
+        for (products, _), precision in zip(wanted, before):
+            products.fp32_precision = precision

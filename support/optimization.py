@@ -1,0 +1,30 @@
+"""What every training loop does to its parameters beside the optimiser's step: learning rate and moving average."""
+
+import math
+from operator import attrgetter
+
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+
+def trainable(model):
+    """The parameters that are trained.   -> list"""
+    return list(filter(attrgetter("requires_grad"), model.parameters()))
+
+
+def cosine(progress, plateau=0.0):
+    """The learning rate as a fraction of its peak. `progress` is the fraction of the run that is over.
+
+    It rises linearly over the first 5 %. From `plateau` on it falls to 0 along half a cosine.
+    """
+    fall = max(0.0, (progress - plateau) / (1 - plateau))
+    return min(1.0, progress / 0.05) * 0.5 * (1 + math.cos(math.pi * fall))
+
+
+def update_average(averages, parameters, n, m=0.999):
+    """EMA after step n = 0, 1, …: θ̃ ← mθ̃ + (1-m)θ (poster, Eq. (11)), in place, of two lists of tensors.
+
+    ours: m starts at 0 and is at most (1+n)/(10+n), so that θ̃ soon forgets where it began. torch's AveragedModel
+    counts the steps on the device, and would wait for a GPU at each; here the loop tells n.
+    """
+    m = min(m, (1 + n) / (10 + n)) if n else 0.0
+    get_ema_multi_avg_fn(m)(averages, parameters, n)

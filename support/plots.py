@@ -1,0 +1,151 @@
+"""Pictures: each function returns a matplotlib figure, or draws on the axes that it is given."""
+
+import torch
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+
+def curves(metrics, loss):
+    """Validation NLL and training objective against epochs."""
+    trained = [row for row in metrics if row["loss"] is not None]
+    figure = Figure(figsize=(9, 3.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    left.plot([row["epoch"] for row in metrics], [row["val_nll"] for row in metrics], marker=".", label="validation")
+    last = metrics[-1]
+    left.plot(last["best_epoch"], last["test_nll"], "k*", label=f"test, {last['test_nll']:.1f} nats")
+    left.set(ylabel="NLL (nats)", title="exact negative log-likelihood")
+    left.legend()
+    right.plot([row["epoch"] for row in trained], [row["loss"] for row in trained], marker=".", color="C1")
+    right.set(ylabel="loss", title=f"training objective: {loss}")
+    for axes in (left, right):
+        axes.set_xlabel("epoch")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(alpha=0.3)
+        values = axes.lines[0].get_ydata()
+        low, late = min(values), max(values[len(values) // 3:])
+        if max(values) > low + 20 * (late - low) > low:  # a start far away would flatten the rest
+            axes.set_ylim(low - 0.5 * (late - low), low + 4 * (late - low))
+    return figure
+
+
+def mosaic(images):
+    """A square of grey images with values in [0, 255].   (n², H, W)"""
+    n = int(len(images) ** 0.5)
+    figure = Figure(figsize=(5, 5))
+    axes = figure.add_axes((0, 0, 1, 1))
+    rows = images.clamp(0, 255).unflatten(0, (n, n)).permute(0, 2, 1, 3).flatten(2).flatten(0, 1)  # (nH, nW)
+    axes.imshow(rows.cpu().numpy(), cmap="gray", vmin=0, vmax=255)
+    axes.axis("off")
+    return figure
+
+
+# ---- Functions of the plane ------------------------------------------------------------------------------------------
+
+def lattice(limit, n, like):
+    """The points of an n × n grid on [-limit, limit]², first row at the bottom.   -> (n, n, 2)"""
+    ticks = torch.linspace(-limit, limit, n, device=like.device, dtype=like.dtype)
+    return torch.stack(torch.meshgrid(ticks, ticks, indexing="xy"), dim=-1)
+
+
+@torch.no_grad()
+def image(axes, function, x, **style):
+    """Shows a function (B, 2) -> (B,) on the square that holds the points x.   -> half a side"""
+    limit = 1.02 * x.abs().max().item()
+    points = lattice(limit, 128, x).flatten(0, 1)
+    values = torch.cat([function(batch) for batch in points.split(5000)]).view(128, 128)
+    axes.imshow(values.cpu().numpy(), origin="lower", extent=(-limit, limit, -limit, limit), **style)
+    axes.set(xticks=[], yticks=[])
+    return limit
+
+
+def toy(flow, truth, x):
+    """Truth beside model, and the energy with the score as arrows: they point to where the density grows."""
+    figure = Figure(figsize=(10.5, 3.9), layout="constrained")
+    left, middle, right = figure.subplots(1, 3)
+    top = truth.log_prob(x).max().exp().item()
+    image(left, lambda x: truth.log_prob(x).exp(), x, vmin=0, vmax=top)
+    image(middle, lambda x: flow.log_prob(x).exp(), x, vmin=0, vmax=top)
+    energy = flow.energy(x).detach()
+    limit = image(right, flow.energy, x, vmin=energy.min().item(), vmax=energy.max().item(), cmap="viridis_r")
+    points = lattice(0.95 * limit, 24, x).flatten(0, 1)
+    score = flow.score(points)
+    norm = score.norm(dim=1, keepdim=True)
+    arrows = score / norm * norm.log1p()  # the far ones would cover the rest
+    right.quiver(*points.T.cpu().numpy(), *arrows.T.cpu().numpy(), color="w", width=0.004)
+    for axes, title in ((left, "truth p"), (middle, "model p_θ"), (right, "energy E, and the score -∇E")):
+        axes.set_title(title)
+    return figure
+
+
+def toys(cells, truths, objectives):
+    """Truth and models: a row for each toy, a column for each objective.   cells {(toy, objective): (flow, metrics)}"""
+    figure = Figure(figsize=(2.1 * (1 + len(objectives)), 2.3 * len(truths)), layout="constrained")
+    grid = figure.subplots(len(truths), 1 + len(objectives), squeeze=False)
+    for axes_row, (name, truth) in zip(grid, truths.items()):
+        torch.manual_seed(0)
+        x = truth.sample(2000)
+        top = truth.log_prob(x).max().exp().item()
+        image(axes_row[0], lambda x: truth.log_prob(x).exp(), x, vmin=0, vmax=top)
+        axes_row[0].set_title(f"{name}, truth", fontsize="small")
+        for axes, loss in zip(axes_row[1:], objectives):
+            if (name, loss) not in cells:
+                axes.axis("off")
+                continue
+            flow, row = cells[name, loss]
+            image(axes, lambda x: flow.log_prob(x).exp(), x.to(next(flow.parameters())), vmin=0, vmax=top)
+            axes.set_title(f"{loss}: KL {row['test_kl']:.4f}", fontsize="small")
+    return figure
+
+
+# ---- Energies with a flow as their sampler ---------------------------------------------------------------------------
+
+@torch.no_grad()
+def ebm(model, truth, chains):
+    """Truth, model, flow and chains; in more than two dimensions, histograms in the plane of three means.
+
+    truth is support/judge.py: Truth.
+    """
+    x, flow, n = truth.test[:5000], model.flow, 20_000
+    titles = ["truth p", "energy p_θ", *(["flow q_α"] if flow else []), "chains"]
+    figure = Figure(figsize=(3.5 * len(titles), 3.9), layout="constrained")
+    axes = dict(zip(titles, figure.subplots(1, len(titles))))
+    points = {"chains": (chains, None)}  # with importance weights
+    if truth.log_p is not None:
+        log_z = truth.figures(model, chains)["log_z"]
+        functions = {"truth p": truth.data.log_prob, "energy p_θ": lambda x: -model.energy(x) - log_z,
+                     "flow q_α": flow and flow.log_prob}
+        top = truth.data.log_prob(x).max().exp().item()
+        for title in titles[:-1]:
+            limit = image(axes[title], lambda x: functions[title](x).exp(), x, vmin=0, vmax=top)
+        plane = torch.eye(2, dtype=x.dtype, device=x.device)
+    else:
+        log_w = truth.log_v - torch.cat([model.energy(batch) for batch in truth.x.split(8192)])
+        points |= {"truth p": (truth.test[:n], None), "energy p_θ": (truth.x, log_w.softmax(0)),
+                   **({"flow q_α": (flow.sample(n), None)} if flow else {})}
+        means = truth.data.means.to(x)
+        plane, sides = torch.linalg.qr((means[[2, 1]] - means[0]).T)  # (D, 2), (2, 2)
+        plane = plane * sides.diagonal().sign()  # the other two means to the right of the first, and above it
+        limit = 1.02 * (x @ plane).abs().max().item()
+    for title, (draws, w) in points.items():
+        axes[title].hist2d(*(draws @ plane).T.cpu().numpy(), bins=100, range=[(-limit, limit)] * 2, density=True,
+                           weights=None if w is None else w.cpu().numpy())
+    for title, one in axes.items():
+        one.set(title=title, xticks=[], yticks=[], aspect="equal")
+    return figure
+
+
+def mode_weights(metrics, data):
+    """The model's mode weights against training steps, the shares of the chains, and the truth."""
+    figure = Figure(figsize=(6.5, 3.6), layout="constrained")
+    axes = figure.subplots()
+    steps = [row["step"] for row in metrics]
+    for k, true in enumerate(data.weights.tolist()):
+        axes.axhline(true, color=f"C{k}", ls=":", label="truth" if k == 0 else None)
+        axes.plot(steps, [row["chains"][k] for row in metrics], color=f"C{k}", lw=0.8, alpha=0.6,
+                  label="share of the chains" if k == 0 else None)
+        axes.plot(steps, [row["weights"][k] for row in metrics], color=f"C{k}", marker=".",
+                  label="p_θ" if k == 0 else None)
+    axes.set(xlabel="training steps", ylabel="weight of a mode", ylim=(0, 1.15 * axes.get_ylim()[1]))
+    axes.legend(fontsize="small", ncols=3, loc="upper right")
+    axes.grid(alpha=0.3)
+    return figure

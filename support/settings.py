@@ -1,0 +1,240 @@
+"""Every setting of the training scripts in one line: default, help, range or choices, and what it belongs to.
+
+A recipe is one line, too: what an architecture and an objective change of the defaults. A flag changes one setting.
+`python train_mnist.py --arch cnn --loss dsm --help` prints every setting with the default of this recipe.
+"""
+
+import argparse
+import math
+import operator
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+
+from data import MNIST
+from losses import OBJECTIVES
+
+
+def setting(default, help, choices=None, of=(), decides=True, **limits):
+    """A field of a settings class. `of` names the objectives, architectures or schedules that have it (none: all do).
+
+    limits: above, least, below, most. What does not `decide` the result is left out of config.json.
+    """
+    return field(default=default, metadata=dict(help=help, choices=choices, of=of, decides=decides, limits=limits))
+
+
+LIMITS = {"above": (operator.gt, "above"), "least": (operator.ge, "at least"),
+          "below": (operator.lt, "below"), "most": (operator.le, "at most")}
+
+
+@dataclass
+class Settings:
+    """What all three scripts have."""
+    epochs: int = setting(20, "epochs; the model is evaluated after each", above=0)
+    batch_size: int = setting(100, "samples in a step", above=0)
+    lr: float = setting(1e-4, "highest learning rate", above=0)
+    seed: int = setting(0, "start of all random numbers", least=0, below=2**32)
+    device: str = setting("auto", "auto takes a GPU if torch sees one", choices=("auto", "cpu", "cuda"), decides=False)
+    out: Path = setting(None, "directory of the run; by default runs/ and the names of what is trained", decides=False)
+    resume: bool = setting(False, "continue from the checkpoint in --out", decides=False)
+    overwrite: bool = setting(False, "replace the run in --out", decides=False)
+
+    def config(self):
+        """What decides the result: the settings that the run has, for config.json and for the reader.   -> dict"""
+        chosen, config = set(map(vars(self).get, ("arch", "loss", "schedule"))), {}
+        for f in fields(self):
+            if f.metadata["decides"] and (not f.metadata["of"] or not chosen.isdisjoint(f.metadata["of"])):
+                config[f.name] = vars(self)[f.name]
+        return config
+
+
+@dataclass
+class Mnist(Settings):
+    """train_mnist.py"""
+    NAME = "mnist-{arch}-{loss}"
+    loss: str = setting("dsm", "objective, see losses.py", choices=OBJECTIVES)
+    arch: str = setting("fc", "architecture, see ebflow.py", choices=("fc", "cnn", "glow"))
+    paper: bool = setting(False, "the published recipe in place of ours")
+    data: Path = setting(MNIST, "directory of the IDX files", decides=False)
+    map: bool = setting(True, "MaP: match after pre-processing")
+    ema: bool = setting(True, "EMA: evaluate the moving average of the weights")
+    optimizer: str = setting("adam", "optimiser", choices=("adam", "rmsprop"))
+    weight_decay: float = setting(0.0, "L2 penalty, as the optimiser applies it", least=0, below=1)
+    schedule: str = setting("cosine", "learning rate: cosine (ours), or the published steps",
+                            choices=("cosine", "steps"))
+    decay: float = setting(0.95, "factor after each of the first 49 epochs", above=0, most=1, of=("steps",))
+    clip: float = setting(0.0, "largest norm of the gradient; 0: any", least=0)
+    s: float = setting(1.0, "scale of the logits: z = logit(x / 256) / s", above=0)
+    normalize: str = setting("center", "ours: none leaves the logits; mean 0; variance 1, too; covariance I",
+                             choices=("none", "center", "scale", "whiten"))
+    diagonal: float = setting(1.0, "weights start at diagonal · I", of=("fc", "cnn"))
+    bias: float = setting(0.0, "biases start at this", of=("fc", "cnn"))
+    bend: float = setting(1.5, "ours: the activation bends at -bend and is 0 at 0; None in --paper",
+                          of=("fc", "cnn"))
+    actnorm: str = setting("none", "last layer: none, a trained actnorm, or (ours) one that tracks its input's moments",
+                           choices=("none", "trained", "moments"))
+    width: int = setting(32, "channels of the couplings' networks; 512 as published", above=0, of=("glow",))
+    depth: int = setting(4, "steps of a block; 16 as published", above=0, of=("glow",))
+    floor: float = setting(0.0, "ours: smallest scale of a coupling; 0: none", least=0, below=1, of=("glow",))
+    model_samples: int = setting(100, "samples of the model in a step", above=0, of=("sml",))
+    sigma: float = setting(0.4, "noise on the data: dsm's σ; ours: added for ssm and fdssm, too", least=0,
+                           of=("ssm", "dsm", "fdssm"))
+    xi: float = setting(1.0, "length ξ of the finite difference", above=0, of=("fdssm",))
+    compile: bool = setting(False, "torch.compile the gradient, on a CPU", decides=False)
+
+    def recipe(self):
+        return (PAPER if self.paper else RECIPES)[self.arch].get(self.loss)
+
+
+CNN_ML = dict(epochs=5, lr=1e-2, normalize="whiten", diagonal=0.6, bend=1.0)
+CNN = dict(epochs=6, lr=5e-4, normalize="whiten", diagonal=-0.6, bend=0.0, actnorm="moments")
+GLOW_ML = dict(epochs=5, lr=1e-3, clip=500.0, actnorm="trained")
+GLOW = dict(epochs=5, lr=1e-3, normalize="whiten", floor=0.5, actnorm="moments")
+RECIPES = {  # ours
+    "fc": {
+        "ml":    dict(epochs=40, batch_size=200, lr=6e-3, bend=0.0),
+        "sml":   dict(epochs=25, batch_size=200, lr=3e-3, bend=0.0, model_samples=400),
+        "ssm":   dict(epochs=10, normalize="whiten", sigma=0.0),
+        "dsm":   dict(),
+        "fdssm": dict(epochs=40, batch_size=500, normalize="whiten", sigma=0.0),
+    },
+    "cnn": {
+        "ml":    CNN_ML,
+        "sml":   CNN_ML,
+        "ssm":   CNN | dict(epochs=8),
+        "dsm":   CNN,
+        "fdssm": CNN | dict(epochs=30, batch_size=1000, lr=1e-3, xi=0.5),
+    },
+    "glow": {
+        "ml":    GLOW_ML,
+        "sml":   GLOW_ML | dict(lr=3e-4, floor=0.5),
+        "ssm":   GLOW | dict(clip=100.0),
+        "dsm":   GLOW,
+        "fdssm": GLOW,
+    },
+}
+PAPER_FC = dict(epochs=50, optimizer="rmsprop", schedule="steps", s=0.5, normalize="none", diagonal=-1.0, bias=1.0,
+                bend=None)
+PAPER_CNN = dict(PAPER_FC, s=0.75, bias=0.01)
+PAPER_GLOW = dict(epochs=5, lr=1e-5, weight_decay=0.1, schedule="steps", decay=1.0, clip=500.0, normalize="none",
+                  actnorm="trained", width=512, depth=16)
+PAPER = {
+    "fc": {
+        "ml":    PAPER_FC,
+        "sml":   PAPER_FC,
+        "ssm":   PAPER_FC | dict(sigma=0.0),
+        "dsm":   PAPER_FC | dict(sigma=1.0),
+        "fdssm": PAPER_FC | dict(sigma=0.0, clip=5.0),
+    },
+    "cnn": {
+        "ml":    PAPER_CNN | dict(decay=0.925),
+        "sml":   PAPER_CNN | dict(decay=0.925),
+        "ssm":   PAPER_CNN | dict(sigma=0.0),
+        "dsm":   PAPER_CNN | dict(sigma=0.1),
+        "fdssm": PAPER_CNN | dict(sigma=0.0, xi=0.1, clip=5.0),
+    },
+    "glow": {
+        "ml":    PAPER_GLOW,
+        "sml":   PAPER_GLOW,
+        "ssm":   PAPER_GLOW | dict(sigma=0.0),
+        "dsm":   PAPER_GLOW | dict(sigma=0.1),
+        "fdssm": PAPER_GLOW | dict(sigma=0.0, xi=0.1),
+    },
+}
+
+
+@dataclass
+class Toy(Settings):
+    """train_toy.py"""
+    NAME = "toy-{data}-{loss}"
+    loss: str = setting("dsm", "objective, see losses.py", choices=(*OBJECTIVES, "all"))
+    data: str = setting("swirl", "density, see data.py", choices=("sine", "swirl", "checkerboard", "all"))
+    steps: int = setting(250, "steps of an epoch", above=0)
+    batch_size: int = setting(512, "fresh points in a step", above=0)
+    lr: float = setting(3e-3, "highest learning rate", above=0)
+    plateau: float = setting(0.0, "fraction of the run at the highest learning rate", least=0, below=1)
+    blocks: int = setting(10, "blocks of the flow", above=0)
+    width: int = setting(64, "units in the couplings' networks", above=0)
+    start_smoothing: float = setting(2.0, "ours: noise on the points at the start; it falls to 0.375", least=0.375)
+    anneal: float = setting(0.5, "ours: fraction of the run in which it falls", above=0, most=1)
+    model_samples: int = setting(512, "samples of the model in a step", above=0, of=("sml",))
+    xi: float = setting(0.2, "length ξ of the finite difference", above=0, of=("fdssm",))
+    test_points: int = setting(20_000, "points that the final figures are means over", above=3)
+    compile: bool = setting(False, "torch.compile the gradient, on a CPU", decides=False)
+
+    def recipe(self):
+        recipe = TOY_RECIPES.get(self.loss, {})
+        return recipe | dict(start_smoothing=2.0, anneal=0.5) if self.data == "sine" else recipe  # no turns to unwind
+
+
+TOY_MATCHING = dict(start_smoothing=6.0, anneal=0.85)
+TOY_RECIPES = {"ssm": TOY_MATCHING, "dsm": TOY_MATCHING | dict(anneal=0.7, plateau=0.5), "fdssm": TOY_MATCHING}
+
+
+@dataclass
+class Ebm(Settings):
+    """train_ebm.py"""
+    NAME = "ebm-{data}-d{dim}-{sampler}"
+    data: str = setting("mixture", "density, see data.py", choices=("mixture", "sine", "swirl", "checkerboard"))
+    dim: int = setting(2, "dimension of the mixture", least=2)
+    sampler: str = setting("flow", "chains with jumps by a flow, without, or short ones from noise",
+                           choices=("flow", "langevin", "short"))
+    base: str = setting("gaussian", "the density that exp(-f) tilts: none, or one fitted to the data",
+                        choices=("none", "gaussian", "flow"))
+    adjusted: bool = setting(True, "accept or reject Langevin steps (Metropolis)")
+    steps: int = setting(50, "updates of θ and of α in an epoch", above=0)
+    chains: int = setting(1000, "Markov chains", above=0)
+    batch_size: int = setting(1000, "fresh data in a step", above=0)
+    local_steps: int = setting(5, "Langevin steps before each jump", above=0)
+    step_size: float = setting(0.3, "of Langevin at the start; it adapts to accept 57.4 percent", above=0)
+    lr: float = setting(2e-3, "highest learning rate of the energy θ", above=0)
+    flow_lr: float = setting(2e-3, "highest learning rate of the flow α", above=0)
+    energy_width: int = setting(128, "units of the energy's network", above=0)
+    blocks: int = setting(6, "blocks of the flow", above=0)
+    width: int = setting(64, "units in the couplings' networks", above=0)
+    start_steps: int = setting(300, "steps in which the flow is fitted to the data first", least=0)
+    test_points: int = setting(20_000, "points of each evaluation; five times as many at the end", above=3)
+    mixing_rounds: int = setting(300, "rounds of the chains at the end, in which crossings are counted", above=0)
+
+    def recipe(self):
+        return dict(local_steps=20) if self.sampler == "short" else {}
+
+
+# ---- The command line ------------------------------------------------------------------------------------------------
+
+def parse(kind, argv=None, strict=True):
+    """The settings of a run: defaults of `kind`, then its recipe, then the flags. A wrong one exits with one line.
+
+    Without `strict`, flags of other objectives are dropped: the run is one of several.
+    """
+    recipe = {}
+    usage = "%(prog)s [--help] [--SETTING VALUE ...]"
+    for parser in argparse.ArgumentParser(usage=usage, add_help=False), argparse.ArgumentParser(usage=usage):
+        for f in fields(kind):  # the first round finds the recipe, and the second one shows its values in --help
+            text = f"{f.metadata['help']} (default: {recipe.get(f.name, f.default)}"
+            text += f"; only {', '.join(f.metadata['of'])})" if f.metadata["of"] else ")"
+            how = dict(type=f.type, choices=f.metadata["choices"])
+            if f.type is bool:
+                how = dict(action=argparse.BooleanOptionalAction if f.default else "store_true")
+            parser.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS, help=text, **how)
+        given = vars(parser.parse_known_args(argv)[0])
+        s = kind(**given)
+        recipe, name = s.recipe(), kind.NAME.format(**vars(s))
+        if recipe is None:
+            parser.error(f"there is no recipe for {name}: add a line to support/settings.py")
+    parser.parse_args(argv)  # no flag is unknown
+    s = kind(**recipe | given)
+    for f in fields(s):
+        value, flag = vars(s)[f.name], "--" + f.name.replace("_", "-")
+        if f.metadata["of"] and f.name not in s.config():
+            if f.name in given and strict:
+                parser.error(f"{flag} is not a setting of {name}")
+            s = replace(s, **{f.name: f.default})
+            continue
+        if isinstance(value, float) and not math.isfinite(value):
+            parser.error(f"{flag} must be a finite number, not {value}")
+        for limit, bound in f.metadata["limits"].items():
+            if not LIMITS[limit][0](value, bound):
+                parser.error(f"{flag} must be {LIMITS[limit][1]} {bound}, not {value}")
+    if s.resume and s.overwrite:
+        parser.error("--resume and --overwrite exclude each other")
+    return replace(s, out=s.out or Path("runs") / name)
