@@ -1,11 +1,11 @@
-"""What experiments share: the machine in words, and a file of results that is written after every run and gone on from."""
+"""What the experiments share: the machine in words, and a file of results that is written after every run."""
 
 import json
 import platform
 
 import torch
 
-from run import RunError, whole
+from support.run import RunError, write
 
 
 def machine():
@@ -15,14 +15,15 @@ def machine():
 
 
 def recorded(path, **identity):
-    """The results in the file, or none yet: a dict of the identity, the machine and "runs", by name.
+    """The results in the file: a dict of the identity, the machine, and "runs" by name, which is empty without a file.
 
-    Raises RunError where the file is damaged, or of another identity or machine.
+    Raises RunError where the file is damaged, or where its identity or machine is another one.
     """
-    new = json.loads(json.dumps(identity)) | {"machine": machine(), "runs": {}}  # as the file has it: lists for tuples
+    new = json.loads(json.dumps(identity)) | {"machine": machine(), "runs": {}}  # lists for tuples, as in the file
     try:
         result = json.loads(path.read_text()) if path.exists() else new
-        different = [f"{key} is {result[key]!r} there and {new[key]!r} here" for key in new if key != "runs" and result[key] != new[key]]
+        different = [f"{key} is {result[key]!r} there and {new[key]!r} here"
+                     for key in new if key != "runs" and result[key] != new[key]]
     except (ValueError, KeyError, TypeError):
         raise RunError(f"{path} is damaged, or no results of this experiment: move it away") from None
     if different:
@@ -31,5 +32,5 @@ def recorded(path, **identity):
 
 
 def record(path, result):
-    with whole(path) as file:
-        file.write((json.dumps(result, indent=1) + "\n").encode())
+    """Writes a dict to the file as JSON, whole or not at all."""
+    write(path, (json.dumps(result, indent=1) + "\n").encode())

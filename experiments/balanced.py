@@ -1,17 +1,20 @@
 """Mode weights of energies trained with a flow's jumps and without: four modes, weights 0.1 to 0.4, 2 to 64 dimensions.
 
     python -m experiments.balanced
-    python -m experiments.balanced --dims 2 16 --seeds 0        a part of it; the table keeps the rest
+    python -m experiments.balanced --dims 2 16 --seeds 0        some of the runs; the table keeps the others
 
-Trains what is missing under runs/, each as `python train_ebm.py --dim D --sampler S --seed N` does; a run that was
-stopped goes on. Writes results/balanced.json, results/ebm-weights.png (the total variation between the true and the
-learnt mode weights, by training step), results/ebm-density.png, and prints the rows of the README.
+Runs `python train_ebm.py --dim D --sampler S --seed N` under runs/, and continues runs that were stopped. All 45 runs
+take about an hour on one core. Flags that --help does not list go to every run.
+
+Writes results/balanced.json; results/ebm-weights.png, the total variation between the true and the learnt mode weights
+against training steps; results/ebm-density.png, the densities in the plane. Prints the table of docs/results.md.
 Source: Grenioux, Moulines, Gabrié (2023), the experiments on Gaussian mixtures.
 """
 
 import argparse
 import json
 import math
+import re
 from pathlib import Path
 
 import torch
@@ -20,52 +23,53 @@ from matplotlib.figure import Figure
 import train_ebm
 from data import mixture
 from experiments import machine, record
-from flags import configuration
-from run import image, read_checkpoint, read_metrics, save_picture
+from support import plots, settings
+from support.run import read_checkpoint, read_metrics, save_picture
 
-SAMPLERS = list(train_ebm.DEFAULTS)
+SAMPLERS = ["flow", "langevin", "short"]
 KEPT = ("test_nll", "entropy", "test_kl", "test_kl_se", "weights", "chains", "tv", "log_z", "ess", "flow_log_z",
         "flow_log_z_se", "flow_ess", "acceptance", "flow_acceptance", "crossings", "autocorrelation_time", "followed",
         "seconds")
 
 
 def run(dim, sampler, seed, runs, flags=()):
-    """Trains one energy, unless it is there.   -> its arguments, the rows of its metrics, and the error that stopped it"""
+    """Trains one energy, unless it is there.   -> settings, rows of the metrics, the error that stopped it or None"""
     directory = runs / f"ebm-mixture-d{dim}-{sampler}-seed{seed}"
     argv = ["--dim", str(dim), "--sampler", sampler, "--seed", str(seed), "--out", str(directory), *flags]
-    args, config = train_ebm.parse(argv), directory / "config.json"
+    s, config = settings.parse(settings.Ebm, argv), directory / "config.json"
 
     try:
         if not config.exists():
             train_ebm.main(argv)
-        elif json.loads(config.read_text()) != configuration(args) or "test_nll" not in read_metrics(directory)[-1]:
-            train_ebm.main([*argv, "--resume"])  # it refuses a run of other settings
+        elif json.loads(config.read_text()) != s.config() or "test_nll" not in read_metrics(directory)[-1]:
+            train_ebm.main([*argv, "--resume"])  # an error for a run of other settings
     except SystemExit as stop:
-        if "at epoch" not in str(stop.code):
+        if not re.search("(at|after) epoch", str(stop.code)):
             raise
         print(stop.code)  # training broke down, which is a result
-        return args, read_metrics(directory), stop.code
-    return args, read_metrics(directory), None
+        return s, read_metrics(directory), stop.code
+    return s, read_metrics(directory), None
 
 
-def trained(args):
-    """The model of a run that is over."""
-    model = train_ebm.make_model(args, mixture(args.dim).sample(5000))
-    state = read_checkpoint(args.out / "checkpoint.pt")["state"]
-    model.load_state_dict(state["average"]["model"] if args.ema else state["model"])
+def trained(s):
+    """The model of a finished run: the averages of its weights."""
+    model = train_ebm.make_model(s, mixture(s.dim).sample(5000))
+    model.load_state_dict(read_checkpoint(s.out / "checkpoint.pt")["state"]["averaged"])
     return model
 
 
 def rows(table):
-    """The rows of the README: the mean over the seeds, for the total variation also the largest of them.
+    """The table of docs/results.md: means over the seeds, and the largest total variation.
 
-    Where fewer than 1 % of the draws around the true modes carry the weight, p_θ lies elsewhere: no figures then.
+    p_θ lies elsewhere where the effective sample size of the draws around the true modes is below 1 %. There are no
+    figures then.
     """
     for dim, sampler in sorted({(row["dim"], row["sampler"]) for row in table},
                                key=lambda cell: (cell[0], SAMPLERS.index(cell[1]))):
         every = [row for row in table if (row["dim"], row["sampler"]) == (dim, sampler)]
         seeds = [row for row in every if "stopped" not in row]
-        name = sampler if len(seeds) == len(every) else f"{sampler} ({len(every) - len(seeds)} of {len(every)} broke down)"
+        broke = len(every) - len(seeds)
+        name = sampler + (f" ({broke} of {len(every)} broke down)" if broke else "")
         if not seeds:
             yield f"| {dim} | {name} |" + " – |" * 8
             continue
@@ -105,25 +109,25 @@ def curves(table):
 
 
 @torch.no_grad()
-def densities(models, table):
-    """In the plane: the truth, what each sampler led to, and the flow.   models: sampler -> Model"""
+def planes(models, table):
+    """In the plane: the truth, the flow, and the model that each sampler led to.   models: {sampler: Model}"""
     data = mixture(2)
     x = data.sample(5000)
     top = data.log_prob(x).max().exp().item()
     flow = models["flow"].flow
-    titles = {"truth": data.log_prob, "flow: the proposals q_α": flow.log_prob}
+    log_probs = {"truth": data.log_prob, "flow: the proposals q_α": flow.log_prob}
     for sampler, row in table.items():
-        titles[f"{sampler}: p_θ, total variation {row['tv']:.3f}"] = (
+        log_probs[f"{sampler}: p_θ, total variation {row['tv']:.3f}"] = (
             lambda x, energy=models[sampler].energy, log_z=row["log_z"]: -energy(x) - log_z)
-    figure = Figure(figsize=(3.2 * len(titles), 3.5), layout="constrained")
-    for axes, (title, log_prob) in zip(figure.subplots(1, len(titles)), titles.items()):
-        image(axes, lambda x: log_prob(x).exp(), x, vmin=0, vmax=top)
+    figure = Figure(figsize=(3.2 * len(log_probs), 3.5), layout="constrained")
+    for axes, (title, log_prob) in zip(figure.subplots(1, len(log_probs)), log_probs.items()):
+        plots.image(axes, lambda x: log_prob(x).exp(), x, vmin=0, vmax=top)
         axes.set_title(title, fontsize="medium")
     return figure
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog="Other flags go to every run.")
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog="Other flags go to train_ebm.py.")
     parser.add_argument("--dims", type=int, nargs="+", default=[2, 8, 16, 32, 64])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--runs", type=Path, default=Path("runs"))
@@ -138,14 +142,15 @@ def main(argv=None):
         models = {}
         for dim in a.dims:
             for sampler in SAMPLERS:
-                args, metrics, stopped = run(dim, sampler, seed, a.runs, flags)
+                s, metrics, stopped = run(dim, sampler, seed, a.runs, flags)
                 cell = {"dim": dim, "sampler": sampler, "seed": seed} | ({"stopped": stopped} if stopped else {})
                 table[dim, sampler, seed] = (cell | {k: metrics[-1][k] for k in KEPT if k in metrics[-1]}
                                              | {"tv_by_step": [[row["step"], row["tv"]] for row in metrics]})
                 if dim == 2 and not stopped:
-                    models[sampler] = trained(args)
+                    models[sampler] = trained(s)
         if len(models) == len(SAMPLERS) and seed == min(a.seeds):
-            save_picture(a.results / "ebm-density.png", densities(models, {s: table[2, s, seed] for s in models}))
+            picture = planes(models, {sampler: table[2, sampler, seed] for sampler in models})
+            save_picture(a.results / "ebm-density.png", picture)
     table = [table[cell] for cell in sorted(table)]
     save_picture(a.results / "ebm-weights.png", curves(table))
     record(path, {"command": "python -m experiments.balanced", "flags": flags, "machine": machine(), "runs": table})

@@ -1,40 +1,51 @@
 """Runs of `train_toy.py` with other settings than its own, side by side: what depth, steps and points are worth.
 
-    python train_toy.py --data swirl --loss dsm --blocks 20 --epochs 80
-    python -m experiments.depth runs/toy-swirl-dsm [another run ...]
-    python -m experiments.depth --add runs/toy-swirl-ssm [another run ...]
+    python train_toy.py --data swirl --loss dsm --blocks 20 --epochs 80 --out runs/deep
+    python -m experiments.depth runs/deep [another run ...]
+    python -m experiments.depth --add runs/deeper [another run ...]
 
-Writes results/depth.json, and results/depth.png with a row for each density and a column for each objective: of those runs that
-still have their checkpoint the first, in the order that they are given. Prints the rows of the README, one figure for each seed: KL and
-Fisher divergence as the run measured them, and how much of KL is in the shares of the mass alone (`kl_of_shares`). With --add the runs that
-are in results/depth.json stay, and the picture as it is.
+Trains nothing. Writes results/depth.json, and results/depth.png with a row for each density and a column for each
+objective. Each picture is that of the first run named that still has its checkpoint. With --add the runs that are in
+results/depth.json stay, and results/depth.png is not written.
+
+Prints the table of docs/results.md, one value per seed: KL and Fisher divergence as the run measured them, and
+`kl_of_shares`, the part of KL that is due to how the mass is shared out.
 """
 
 import argparse
 import json
+import re
 from pathlib import Path
 
 import torch
 
 import train_toy
+from data import TOYS
 from experiments import record
-from run import RunError, one_line_errors, read_metrics, save_picture
+from losses import OBJECTIVES
+from support import plots, settings
+from support.run import RunError, one_line_errors, read_metrics, save_picture
 
 
 def flags(config):
-    """The flags that make a run's settings out of the defaults of its density and objective, as they are now."""
-    defaults = train_toy.DEFAULTS[config["loss"]] | train_toy.BY_TOY.get(config["data"], {})
-    settings = [f"--{name.replace('_', '-')} {config[name]}" for name, value in defaults.items() if config[name] != value]
-    return " ".join(settings + ["--double"] * config.get("double", False))
+    """The flags that turn the present defaults of a density and an objective into the settings of a run."""
+    defaults = settings.parse(settings.Toy, ["--data", config["data"], "--loss", config["loss"]]).config()
+    return " ".join(f"--{name.replace('_', '-')} {config[name]}" for name, value in defaults.items()
+                    if config[name] != value and name != "seed")
+
+
+def same_settings(run):
+    """What runs have in common that differ only in their seed, whatever the order of their flags.   -> hashable"""
+    return run["data"], run["loss"], frozenset(re.findall(r"--(\S+) (\S+)", run["flags"]))
 
 
 @torch.no_grad()
 def kl_of_shares(toy, flow, n=200_000, parts=20):
-    """Σ_k p_k log(p_k / q_k) in nats, where p_k is the mass of truth and q_k that of the flow in part k of the figure.
+    """Σ_k p_k log(p_k / q_k) in nats: the KL divergence between the masses that truth (p) and flow (q) give to parts.
 
-    The parts are the squares, or stretches along the curve (as many nodes of its rule in each), with all points of the plane that
-    are nearest to them; their masses are those of n draws. By the data-processing inequality never more than KL(p‖p_θ), but
-    for the noise of the draws. inf where the flow has no draw in a part that truth has.
+    The parts are the squares of the checkerboard, or stretches along a curve with the same number of nodes each. Each
+    part has the points of the plane that are nearest to it. The masses are those of n draws. By the data-processing
+    inequality the value is at most KL(p‖p_θ), up to the noise of the draws. It is inf where the flow leaves out a part.
     """
     center = toy.center.float()
     part = torch.arange(len(center)) * parts // len(center)  # of each square, or node of the curve
@@ -56,20 +67,23 @@ def read(directory):
 
 
 def rows(runs):
-    """The README's table: runs of several seeds in one row."""
+    """The table of docs/results.md: runs with the same settings are one row, one value per seed."""
     groups = {}
     for run in sorted(runs, key=lambda run: run["seed"]):
-        groups.setdefault((run["data"], run["loss"], run["flags"]), []).append(run)
-    return [f"| {data} | {loss} | `{options}` | " + " | ".join(
-        ", ".join(f"{run[figure]:.4f}" if figure in run else "–" for run in group) for figure in ("kl", "kl_of_shares", "fisher")) + " |"
-        for (data, loss, options), group in groups.items()]
+        groups.setdefault(same_settings(run), []).append(run)
+    lines = []
+    for group in groups.values():
+        cells = [", ".join(f"{run[figure]:.4f}" if figure in run else "–" for run in group)
+                 for figure in ("kl", "kl_of_shares", "fisher")]
+        lines.append(f"| {group[0]['data']} | {group[0]['loss']} | `{group[0]['flags']}` | " + " | ".join(cells) + " |")
+    return lines
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("runs", type=Path, nargs="+", help="directories of runs of train_toy.py")
     parser.add_argument("--results", type=Path, default=Path("results"))
-    parser.add_argument("--add", action="store_true", help="to the runs of results/depth.json")
+    parser.add_argument("--add", action="store_true", help="keep the runs of results/depth.json")
     a = parser.parse_args(argv)
     with one_line_errors(OSError, ValueError):
         before = json.loads((a.results / "depth.json").read_text())["runs"] if a.add else []
@@ -78,15 +92,16 @@ def main(argv=None):
         for run, directory in zip(runs, a.runs):
             if (directory / "checkpoint.pt").exists():
                 flow = train_toy.load(directory)
-                run["kl_of_shares"] = kl_of_shares(train_toy.TOYS[run["data"]](), flow)
+                run["kl_of_shares"] = kl_of_shares(TOYS[run["data"]](), flow)
                 cells.setdefault((run["data"], run["loss"]), (flow, {"test_kl": run["kl"]}))
         a.results.mkdir(exist_ok=True)
-        by_settings = {tuple(run[name] for name in ("data", "loss", "flags", "seed")): run for run in before + runs}  # the last of equal ones
-        runs = sorted(by_settings.values(), key=lambda run: (list(train_toy.TOYS).index(run["data"]), list(train_toy.DEFAULTS).index(run["loss"])))
+        unique = {(same_settings(run), run["seed"]): run for run in before + runs}  # the last of equal ones
+        runs = sorted(unique.values(), key=lambda run: ([*TOYS].index(run["data"]), [*OBJECTIVES].index(run["loss"])))
         record(a.results / "depth.json", {"command": "python -m experiments.depth", "runs": runs})
         if cells and not a.add:
-            toys, objectives = ([name for name in names if any(name in key for key in cells)] for names in (train_toy.TOYS, train_toy.DEFAULTS))
-            save_picture(a.results / "depth.png", train_toy.grid(cells, toys, objectives))
+            truths = {name: toy() for name, toy in TOYS.items() if any(name in cell for cell in cells)}
+            objectives = [loss for loss in OBJECTIVES if any(loss in cell for cell in cells)]
+            save_picture(a.results / "depth.png", plots.toys(cells, truths, objectives))
         print("\n".join(rows(runs)))
 
 

@@ -2,24 +2,25 @@
 
     python -m experiments.determinant
 
-E(x) = -log p_u(Wx) is an energy with Z = 1/|det W|, and any density q gives it as a mean (`sampling.py: log_z`),
+E(x) = -log p_u(Wx) is an energy with Z = 1/|det W|. With any density q, Z is a mean (`sampling.py: estimate_log_z`)
+at a cost of O(D²) for each draw:
 
     1/|det W| = E_q[ p_u(Wx) / q(x) ]
 
-at O(D²) for each draw. Here q = N(0, (LᵀL)⁻¹), L lower triangular, so that q costs O(D²), too:
+Here W = I + c G / √D with standard normal G, and q = N(0, (LᵀL)⁻¹) with a lower-triangular L, so q costs O(D²), too:
 
-    isotropic    L = √a I with a = ‖W‖²/D, in which KL(q‖p) is least
-    diagonal     L² = diag(WᵀW), likewise
+    isotropic    L = √a I; a = ‖W‖²/D makes KL(q‖p) least
+    diagonal     L² = diag(WᵀW) makes KL(q‖p) least
     fitted       any L, by stochastic gradient descent on KL(q‖p) = E_q[ ½‖Wx‖² ] + Σ log L_ii + const
 
-What an estimate is worth is known in closed form. With the eigenvalues λ_i of L⁻ᵀWᵀWL⁻¹, that is of the precision of p
-relative to that of q, the weights have the relative variance
+The error is known in closed form. Let λ_i be the eigenvalues of L⁻ᵀWᵀWL⁻¹, the precision of p relative to that of q.
+The relative variance of the importance weights w = p_u(Wx) / q(x) is
 
     Var[w] / E[w]² = Π λ_i / √(2λ_i - 1) - 1,      infinite as soon as one λ_i ≤ ½
 
-which grows exponentially with D unless the λ_i tend to 1. W = I + c G / √D with standard normal G.
-Writes results/determinant.png and results/determinant.json. Source: Chao et al. (2023), the estimate of Z by importance
-sampling; the variance is a Gaussian integral.
+It grows exponentially with D unless the λ_i tend to 1. The experiment takes a minute and a half on one core.
+It writes results/determinant.png and results/determinant.json.
+Source: Chao et al. (2023), the estimate of Z by importance sampling; the variance is a Gaussian integral.
 """
 
 import argparse
@@ -33,12 +34,12 @@ from tqdm import tqdm
 from ebflow import EBFlow
 from experiments import machine, record
 from layers import FullyConnected
-from run import one_line_errors, save_picture
-from sampling import log_z
+from sampling import estimate_log_z
+from support.run import one_line_errors, save_picture
 
 
 class Gaussian:
-    """q = N(0, (LᵀL)⁻¹) with a lower-triangular L of positive diagonal: what sampling.py asks of a flow."""
+    """q = N(0, (LᵀL)⁻¹), L lower triangular with a positive diagonal. It has what sampling.py needs of a flow."""
 
     def __init__(self, L):
         self.L = L
@@ -61,7 +62,7 @@ def diagonal(W):
 
 
 def fitted(W, steps=1500, batch_size=256, lr=0.02):
-    """L by Adam on KL(q‖p), from the diagonal one on: O(D²) for each draw."""
+    """L by Adam on KL(q‖p), which starts from the diagonal L. A draw costs O(D²)."""
     log_diagonal, below = diagonal(W).diagonal().log().requires_grad_(), torch.zeros_like(W).requires_grad_()
     optimizer = torch.optim.Adam([log_diagonal, below])
     for step in range(steps):
@@ -87,7 +88,7 @@ def relative_variance(W, L):
 
 
 def measure(D, c, name, samples, repeats, seed=0):
-    """Estimates of log|det W| against the exact value.   -> a row of the table for each number of draws"""
+    """The error of log|det W| for each number of draws, over `repeats` estimates.   -> [a row of the results]"""
     torch.manual_seed(seed)
     layer = FullyConnected(D).double().requires_grad_(False)
     layer.weight += c / math.sqrt(D) * torch.randn(D, D, dtype=torch.float64)
@@ -96,18 +97,20 @@ def measure(D, c, name, samples, repeats, seed=0):
     variance = relative_variance(layer.weight, q.L)
     rows = []
     for n in samples:
-        errors = torch.tensor([-log_z(energy, q, n).log_z - exact for _ in range(repeats)])
+        errors = torch.tensor([-estimate_log_z(energy, q, n).log_z - exact for _ in range(repeats)])
         rows.append({"D": D, "c": c, "q": name, "samples": n, "exact": exact, "bias": errors.mean().item(),
-                     "rmse": errors.square().mean().sqrt().item(), "relative_variance": variance if variance < math.inf else None})
+                     "rmse": errors.square().mean().sqrt().item(),
+                     "relative_variance": variance if variance < math.inf else None})
     return rows
 
 
 def predicted(row):
-    """The standard error that the closed form gives, by the delta method: right where it is small. None: infinite."""
+    """The standard error by the closed form and the delta method: right where it is small; None where infinite."""
     return None if row["relative_variance"] is None else math.sqrt(row["relative_variance"] / row["samples"])
 
 
 def picture(by_samples, by_dimension):
+    """The error against draws and against D, a line for each q."""
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     for axes, rows, key in ((left, by_samples, "samples"), (right, by_dimension, "D")):
@@ -130,7 +133,7 @@ def main(argv=None):
     parser.add_argument("--c", type=float, default=0.3, help="how far W is from the identity")
     parser.add_argument("--dims", type=int, nargs="+", default=[2, 4, 8, 16, 32, 64, 128, 256, 512])
     parser.add_argument("--samples", type=int, nargs="+", default=[100, 300, 1000, 3000, 10_000, 30_000])
-    parser.add_argument("--dim", type=int, default=64, help="of the figure against draws")
+    parser.add_argument("--dim", type=int, default=64, help="D of the figure against draws")
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--results", type=Path, default=Path("results"))
     a = parser.parse_args(argv)
@@ -142,18 +145,20 @@ def main(argv=None):
     by_samples, by_dimension = [], []
     with tqdm(total=len(PROPOSALS) * (1 + len(a.dims)), dynamic_ncols=True) as bar:
         for name in PROPOSALS:
-            for rows, D, samples in [(by_samples, a.dim, sorted(a.samples)), *((by_dimension, D, [n]) for D in sorted(a.dims))]:
+            for rows, D, samples in [(by_samples, a.dim, sorted(a.samples)),
+                                     *((by_dimension, D, [n]) for D in sorted(a.dims))]:
                 bar.set_postfix(D=D, q=name)
                 rows += measure(D, a.c, name, samples, a.repeats)
                 bar.update()
     with one_line_errors(OSError):
         a.results.mkdir(exist_ok=True)
         save_picture(a.results / "determinant.png", picture(by_samples, by_dimension))
-        record(a.results / "determinant.json", {"command": "python -m experiments.determinant", "machine": machine(),
-                                                "repeats": a.repeats, "by_samples": by_samples, "by_dimension": by_dimension})
+        result = {"command": "python -m experiments.determinant", "machine": machine(), "repeats": a.repeats,
+                  "by_samples": by_samples, "by_dimension": by_dimension}
+        record(a.results / "determinant.json", result)
     for row in by_dimension:
-        print(f"D = {row['D']:4}  {row['q']:10} exact {row['exact']:8.3f}  error {row['rmse']:8.4f}  bias {row['bias']:8.4f}"
-              f"  closed form {predicted(row) or math.inf:.4f}")
+        print(f"D = {row['D']:4}  {row['q']:10} exact {row['exact']:8.3f}  error {row['rmse']:8.4f}  "
+              f"bias {row['bias']:8.4f}  closed form {predicted(row) or math.inf:.4f}")
 
 
 if __name__ == "__main__":

@@ -2,21 +2,23 @@
 
     python -m experiments.rivals
 
-All train the two-layer flow of `train_mnist.py` for the same number of steps, from pixels that are centred, and from pixels that are
-whitened, too (one more matrix, which W₁ could take in; its eigendecomposition is on the clock). With δ the gradient of the
-loss at a layer's output Wx + b, and the rows of a batch as in the code:
+Each method trains the two-layer flow of `train_mnist.py` for 1,500 steps: once from centred pixels, and once from
+whitened ones. Whitening is one more matrix, which W₁ could absorb. Its eigendecomposition counts as training time. Let
+x (B, D) be the batch at the input of a layer, and δ (B, D) the gradient of the loss at its output xWᵀ + b:
 
     ml        exact: the gradient of W is δᵀx - W^{-T}, O(D³), here in float32 (1.3 times as fast as in float64)
-    relative  times WᵀW from the right, δᵀ(xWᵀW) - W, all of it O(BD²)   (Gresele et al. 2020)
-    self-norm a learnt R ≈ W⁻¹ for each layer stands in for W⁻¹, and W in turn for R⁻¹: W takes ½(δᵀx - Rᵀ), R takes
-              ½(Wᵀ - (δW)ᵀ(xWᵀ)), and λ E‖R(Wx) - x‖², with x held, keeps them together   (Keller et al. 2021)
+    relative  that times WᵀW from the right, δᵀ(xWᵀW) - W, all of it O(BD²)   (Gresele et al. 2020)
+    self-norm a learnt R ≈ W⁻¹ of each layer stands in for W⁻¹, and W in turn for R⁻¹: W takes ½(δᵀx - Rᵀ), R takes
+              ½(Wᵀ - (δW)ᵀ(xWᵀ)), and λ E‖R(Wx) - x‖², with x held constant, ties the two together (Keller et al. 2021)
     ssm, dsm  as in `losses.py`
 
-Validation NLL by the exact density, of the averaged weights, every --every steps while the clock stands still. Writes
-results/rivals.json after every run, and goes on from it; results/rivals.png; and prints the rows of the README.
+Every --every steps the exact validation NLL of the averaged parameters is computed, outside the measured time. The
+experiment takes 7 minutes on two cores. It writes results/rivals.json after every run, and continues from it; then
+results/rivals.png. It prints the table of docs/results.md.
 """
 
 import argparse
+import copy
 import math
 import statistics
 import time
@@ -27,21 +29,24 @@ import torch
 import torch.nn as nn
 from matplotlib.figure import Figure
 from torch.autograd.function import once_differentiable
+from torch.nn.utils import get_total_norm
 from tqdm import tqdm
 
 import train_mnist
-from data import MNIST, DataError, mnist
+from data import MNIST, DataError, dequantize, mnist
 from ebflow import EBFlow
 from experiments import record, recorded
-from experiments.speed import timed
-from flags import pick_device
-from layers import FullyConnected
-from run import RunError, one_line_errors, save_picture
-from training import MovingAverage, checked, fast_matmul, gradient_of, make_optimizer, train_epoch
+from experiments.speed import synchronize
+from layers import FullyConnected, LinearLayer
+from losses import OBJECTIVES
+from support import processes, settings
+from support.fast import Graphed, fast_products
+from support.optimization import cosine, trainable, update_average
+from support.run import RunError, one_line_errors, save_picture
 
-LEVELS = (1105, 1080, 1060)  # nats of validation NLL, the time to reach which is in the table
+LEVELS = (1105, 1080, 1060)  # nats of validation NLL; the table has the time to reach each
 STARTS = ("center", "whiten")
-METHODS = {  # the objective, and flags of train_mnist.py: the best of three or four learning rates for each start
+METHODS = {  # objective, and flags of train_mnist.py for each start: the best of three or four learning rates
     "ml": ("ml", {"center": [], "whiten": ["--lr", "3e-3"]}),
     "relative": ("ml", {"center": ["--lr", "6e-3"], "whiten": ["--lr", "3e-3"]}),
     "self-norm": ("ml", {"center": ["--lr", "6e-3"], "whiten": ["--lr", "3e-3"]}),
@@ -50,8 +55,28 @@ METHODS = {  # the objective, and flags of train_mnist.py: the best of three or 
 }
 
 
+# ---------------------------------------------------------------------------------------------------------
+# The methods: layers whose outputs and log-determinants have the gradients that a method gives them
+# ---------------------------------------------------------------------------------------------------------
+
+
+class SharedLayer(FullyConnected):
+    """A fully-connected layer with the weights of another one."""
+
+    def __init__(self, layer):
+        super().__init__(len(layer.bias))
+        self.weight, self.bias = layer.weight, layer.bias
+
+
+class ExactLayer(SharedLayer):
+    """log|det W| in float32."""
+
+    def log_abs_det(self, shape):
+        return torch.linalg.slogdet(self.weight).logabsdet
+
+
 class RelativeLinear(torch.autograd.Function):
-    """x Wᵀ + b; the gradient of W comes out times WᵀW from the right, at two products O(BD²): δᵀx WᵀW = δᵀ(xWᵀW)."""
+    """x Wᵀ + b. The gradient of W comes out times WᵀW from the right, at two products O(BD²): δᵀx WᵀW = δᵀ(xWᵀW)."""
 
     @staticmethod
     def forward(ctx, x, W, b):
@@ -66,31 +91,18 @@ class RelativeLinear(torch.autograd.Function):
         return delta @ W if ctx.needs_input_grad[0] else None, delta.T @ (y @ W), delta.sum(0)
 
 
-class SharedLayer(FullyConnected):
-    """A fully-connected layer with the weights of another one."""
-
-    def __init__(self, layer):
-        super().__init__(len(layer.bias))
-        self.weight, self.bias = layer.weight, layer.bias
-
-
-class ExactLayer(SharedLayer):
-
-    def log_abs_det(self, shape):
-        return torch.linalg.slogdet(self.weight).logabsdet
-
-
 class RelativeLayer(SharedLayer):
+    """The relative gradient. In place of log|det W| stands ½‖W‖², whose gradient is W = W^{-T} WᵀW."""
 
     def forward(self, x):
         return RelativeLinear.apply(x, self.weight, self.bias)
 
-    def log_abs_det(self, shape):  # has the gradient W = W^{-T} WᵀW
+    def log_abs_det(self, shape):
         return 0.5 * self.weight.square().sum()
 
 
 class SelfNormalizingLinear(torch.autograd.Function):
-    """x Wᵀ + b, of which W takes half of its gradient, ½δᵀx, and R the half that it would have as W's inverse."""
+    """x Wᵀ + b. W gets half of its gradient, ½δᵀx. R gets the other half, as the gradient that it has as W⁻¹."""
 
     @staticmethod
     def forward(ctx, x, W, R, b):
@@ -107,6 +119,10 @@ class SelfNormalizingLinear(torch.autograd.Function):
 
 
 class SelfNormalizingLayer(SharedLayer):
+    """A learnt R in place of W⁻¹: the log-determinant has the gradients ½Rᵀ for W and -½Wᵀ for R, and no other use.
+
+    `forward` leaves E‖R(Wx) - x‖² in `reconstruction`.
+    """
 
     def __init__(self, layer, lam=1.0):
         super().__init__(layer)
@@ -117,20 +133,32 @@ class SelfNormalizingLayer(SharedLayer):
         self.reconstruction = (held @ self.weight.T @ self.R.T - held).square().sum(1).mean()
         return SelfNormalizingLinear.apply(x, self.weight, self.R, self.bias)
 
-    def log_abs_det(self, shape):  # has the gradients ½Rᵀ of W and -½Wᵀ of R
+    def log_abs_det(self, shape):
         W, R = self.weight, self.R
         return 0.5 * ((W * R.detach().T).sum() - (R * W.detach().T).sum())
 
 
 class Rival(EBFlow):
-    """The flow with its weights in layers of another kind, whose log-determinants have the gradients that the method gives them."""
+    """The flow, its weights in layers of another kind."""
 
     def __init__(self, flow, kind):
-        super().__init__([kind(layer) if isinstance(layer, FullyConnected) else layer for layer in flow.layers], flow.shape)
+        layers = [kind(layer) if isinstance(layer, FullyConnected) else layer for layer in flow.layers]
+        super().__init__(layers, flow.shape)
 
     def energy(self, x):
         energy = super().energy(x)
-        return energy + sum(layer.lam * layer.reconstruction for layer in self.layers if isinstance(layer, SelfNormalizingLayer))
+        return energy + sum(layer.lam * layer.reconstruction for layer in self.layers
+                            if isinstance(layer, SelfNormalizingLayer))
+
+    def log_z(self):
+        """As EBFlow's, but it does not look whether the value is finite, for which a GPU would be waited for."""
+        return -sum(layer.log_abs_det(shape) for layer, shape in zip(self.layers, self.shapes)
+                    if isinstance(layer, LinearLayer))
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Training
+# ---------------------------------------------------------------------------------------------------------
 
 
 def beside(images, n):
@@ -139,7 +167,7 @@ def beside(images, n):
 
 
 def batches(images, n, size):
-    """Without end: batches of images of n, drawn at random, each of the images once in an epoch.   uint8 (N, …) -> (size, n · D)"""
+    """Endless batches of `beside`, drawn at random, each image once in an epoch.   uint8 (N, …) -> (size, n · D)"""
     while True:
         order = torch.randperm(len(images), device=images.device)
         for index in order[:len(images) // n // size * size * n].split(size * n):
@@ -147,64 +175,107 @@ def batches(images, n, size):
 
 
 def train(name, normalize, flags, steps, every, splits, device, digits=1, until=-math.inf):
-    """One run.   -> {"curve": [(step, seconds, validation NLL)], "broke": why, or None}
+    """One run of a method.   -> {"curve": [(step, seconds, validation NLL)], "broke": why, or None}
 
-    The clock starts with what whitening takes, and stands still while the model is evaluated. It ends early where the
-    NLL is `until`. With `digits` an image is that many of them beside each other, and the NLL is that of one.
+    flags   of train_mnist.py, for the flow, the batches, the noise, the learning rate and the seed
+    every   steps between evaluations, a stretch; `steps` is rounded up to whole stretches
+    digits  an image is so many of the data's images beside each other; the NLL is that of one of them
+    until   the run ends where the NLL is as low as this
+
+    The seconds are those of the steps, and those that whitening takes.
     """
-    loss_name, own = METHODS[name]
-    args = train_mnist.parse(["--loss", loss_name, "--normalize", normalize, "--epochs", str(-(-steps // every)),  # of `every` steps
-                              *own[normalize], *flags])
-    torch.manual_seed(args.seed)
+    loss, own = METHODS[name]
+    s = settings.parse(settings.Mnist, ["--loss", loss, "--normalize", normalize, *own[normalize], *flags])
     train_set, val_set = splits[0], beside(splits[1], digits).to(device)
-    if len(train_set) // digits < args.batch_size or len(val_set) == 0:
-        raise RunError(f"{len(train_set)} training images, {digits} beside each other, do not fill a batch of {args.batch_size}: "
-                       "lower --digits or --batch-size")
+    if len(train_set) // digits < s.batch_size or len(val_set) == 0:
+        raise RunError(f"{len(train_set)} training images, {digits} beside each other, do not fill a batch of "
+                       f"{s.batch_size}: lower --digits or --batch-size")
+
+    torch.manual_seed(s.seed)
     start = time.perf_counter()
-    pre, flow, image_model = (part.to(device) for part in train_mnist.build(args, beside(train_set, digits)))
+    pre, flow = train_mnist.build(s, beside(train_set, digits))
+    model = EBFlow([*pre.layers, *flow.layers], pre.shape).to(device)
     seconds = time.perf_counter() - start if normalize == "whiten" else 0.0
     train_set = train_set.to(device)
-    rival = {"ml": ExactLayer, "relative": RelativeLayer, "self-norm": SelfNormalizingLayer}.get(name)
-    seen = Rival(flow, rival) if rival else flow
-    average = MovingAverage(image_model, args.ema_decay)
-    optimizer = make_optimizer(args, seen)
-    gradient = gradient_of(args, seen, optimizer)
+    averaged = copy.deepcopy(model)                                    # θ̃ of EMA
+    kind = {"ml": ExactLayer, "relative": RelativeLayer, "self-norm": SelfNormalizingLayer}.get(name)
+    matched = Rival(flow, kind) if kind else flow                      # the model's parameters; self-norm also has R
+    parameters, averages, trained = trainable(matched), trainable(averaged), trainable(model)
+    optimizer = torch.optim.Adam(parameters, lr=s.lr, fused=True)
 
-    def minibatches(epoch):
-        images = islice(batches(train_set, digits, args.batch_size), every)
-        return train_mnist.following(args, flow, (train_mnist.minibatch(args, pre, x) for x in images), momentum=1.0)
+    def gradient(z):                                                   # leaves ∇_θ in p.grad
+        loss = OBJECTIVES[s.loss](matched, z, share=processes.share, **s.config())
+        loss.backward(inputs=parameters)
+        return loss.detach()
 
-    def validate(model):
-        train_mnist.refit(args, model, beside(train_set, digits))
-        return {"val_nll": train_mnist.evaluate(model, val_set) / digits}
+    if name != "ml":                                                   # whose determinants a GPU must be waited for
+        gradient = Graphed(gradient, parameters)
 
-    curve = []
-    with tqdm(total=args.epochs * every, unit=" batches", desc=f"{name}, {normalize}{f', {digits} digits' if digits > 1 else ''}", dynamic_ncols=True) as bar:
-        try:
-            for epoch in range(args.epochs + 1):
-                if epoch:
-                    with fast_matmul(args.loss):
-                        seconds += timed(lambda: train_epoch(args, epoch, gradient, average, optimizer, minibatches, every, bar), device)
-                row = checked(args, epoch, validate, average.model)
-                curve.append((epoch * every, seconds, row["val_nll"]))
-                bar.set_postfix(val_nll=f"{row['val_nll']:.1f}")
-                if row["val_nll"] <= until:
-                    break
-            broke = None
-        except RunError as error:
-            broke = str(error).split(": lower")[0]
+    curve, broke, stretches = [], None, -(-steps // every)
+    label = f"{name}, {normalize}" + (f", {digits} digits" if digits > 1 else "")
+    bar = tqdm(total=stretches * every, unit=" batches", desc=label, dynamic_ncols=True, disable=None)
+    try:
+        for stretch in range(stretches + 1):                           # stretch 0 shows what the start alone is worth
+            if stretch:
+                torch.manual_seed(1_000_003 * s.seed + stretch)
+                trace = []
+                synchronize(device)
+                start = time.perf_counter()
+                for i, images in enumerate(islice(batches(train_set, digits, s.batch_size), every)):
+                    n = (stretch - 1) * every + i
+                    optimizer.param_groups[0]["lr"] = s.lr * cosine(n / (stretches * every))
+                    with fast_products(s.loss):
+                        z = pre(dequantize(images))
+                        if s.loss == "ssm" and s.sigma > 0:
+                            z = z + s.sigma * torch.randn_like(z)
+                        if s.actnorm == "moments" and n % 10 == 0:
+                            noise = torch.randn_like(z)
+                            train_mnist.track_moments(flow, z + s.sigma * noise if s.loss == "dsm" else z)
+                        optimizer.zero_grad()
+                        loss = gradient(z)
+                        norm = get_total_norm([p.grad for p in parameters])
+                        optimizer.step()
+                    update_average(averages, trained, n)
+                    trace.append(torch.stack([loss, norm]))
+                    bar.update()
+                synchronize(device)
+                seconds += time.perf_counter() - start
+                bad = (~torch.stack(trace).isfinite().all(1)).nonzero()
+                if len(bad):
+                    raise RunError(f"not finite at step {(stretch - 1) * every + bad[0].item() + 1}")
+            if s.actnorm == "moments":                                 # averaged parameters have their own moments
+                torch.manual_seed(0)
+                train_mnist.track_moments(averaged, dequantize(beside(train_set, digits)[:1000]))
+            nll = train_mnist.evaluate("val", averaged, val_set)["val_nll"] / digits
+            if not math.isfinite(nll):
+                raise RunError(f"the validation NLL is {nll} after step {stretch * every}")
+            curve.append((stretch * every, seconds, nll))
+            bar.set_postfix(val_nll=f"{nll:.1f}")
+            if nll <= until:
+                break
+    except (RunError, ValueError, torch.linalg.LinAlgError) as error:  # ValueError: an actnorm's input is constant
+        broke = str(error)
+    bar.close()
     return {"curve": curve, "broke": broke}
 
 
+# ---------------------------------------------------------------------------------------------------------
+# Table and figure
+# ---------------------------------------------------------------------------------------------------------
+
+
 def step_time(curve):
-    """Seconds of a step, the median of the stretches between evaluations: a slow moment of the machine is nobody's fault, nor is the first
-    stretch, in which libraries set themselves up and a GPU records its graph."""
+    """Seconds of a step: the median over the stretches between evaluations, without the first one.
+
+    In the first stretch libraries set themselves up, and a GPU records its graph. The median leaves out slow moments of
+    the machine.
+    """
     stretches = [(t1 - t0) / (s1 - s0) for (s0, t0, _), (s1, t1, _) in zip(curve, curve[1:])]
     return statistics.median(stretches[1:] or stretches) if stretches else None
 
 
 def reached(curve, level):
-    """Steps after which the validation NLL was first at `level`, on straight lines between the evaluations; None if never."""
+    """Steps until the validation NLL is at `level`, on straight lines between the evaluations; None if it never is."""
     if curve and curve[0][2] <= level:
         return 0
     for (s0, _, before), (s1, _, after) in zip(curve, curve[1:]):
@@ -214,7 +285,7 @@ def reached(curve, level):
 
 
 def rows(runs):
-    """The README's table: start, best and last validation NLL, batches/s, and to each level the steps and the seconds that they take."""
+    """The table of docs/results.md: first, best and last validation NLL; batches/s; for each level steps: seconds."""
     lines = []
     for name, run in runs.items():
         curve, cells = run["curve"], []
@@ -232,6 +303,7 @@ def rows(runs):
 
 
 def picture(runs):
+    """Validation NLL against time and against steps, a line for each method and start."""
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     lowest = min(nll for run in runs.values() for _, _, nll in run["curve"])
     for axes, label in zip(figure.subplots(1, 2, sharey=True), ("seconds of training", "steps")):
@@ -241,8 +313,8 @@ def picture(runs):
                 if len(curve) < 2:
                     continue  # it broke down before there was a line to draw
                 offset, scale = (curve[0][1], step_time(curve)) if label != "steps" else (0, 1)
-                axes.plot([offset + scale * step for step, _, _ in curve[1:]], [nll for _, _, nll in curve[1:]], style, color=f"C{i}",
-                          label=name if start == "center" else None)
+                axes.plot([offset + scale * step for step, _, _ in curve[1:]], [nll for _, _, nll in curve[1:]],
+                          style, color=f"C{i}", label=name if start == "center" else None)
         axes.set(xlabel=label, xscale="log", ylim=(lowest - 10, lowest + 200))
         axes.grid(alpha=0.3, which="both")
     figure.axes[0].set(ylabel="validation NLL (nats)", title="centred pixels, and - - whitened ones")
@@ -257,13 +329,13 @@ def main(argv=None):
     parser.add_argument("--batch-size", type=int, help="of every run, instead of its own")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
-    parser.add_argument("--data", type=Path, default=MNIST)
+    parser.add_argument("--data", type=Path, default=MNIST, help="directory of the IDX files")
     parser.add_argument("--results", type=Path, default=Path("results"))
     a = parser.parse_args(argv)
     if min(a.steps, a.every, a.batch_size or 1) < 1:
         parser.error("--steps, --every and --batch-size must be positive")
-    with one_line_errors(DataError, OSError):
-        device, splits = pick_device(a.device), mnist(a.data)
+    with one_line_errors(DataError, OSError), processes.joined(a.device) as device:
+        splits = mnist(a.data)
         a.results.mkdir(exist_ok=True)
         path = a.results / "rivals.json"
         result = recorded(path, command="python -m experiments.rivals", methods=METHODS, images=list(splits[0].shape),

@@ -1,37 +1,46 @@
-"""Batches per second of every objective, and how far a step is from the matrix products that it must do.
+"""Batches per second of every objective, and the time of a step beside that of the matrix products that it must do.
 
     python -m experiments.speed
     python -m experiments.speed --arch cnn --compile
     python -m experiments.speed --arch toy --compile
 
-A step is everything that training does for one batch: indexing, dequantisation, pre-processing (each pixel centred), objective,
-gradient, optimiser, moving average. The floor of --arch fc is the number of products of a (batch × D) with a (D × D) matrix
-in it, as torch's own counter of operations finds them, times the time of one such product in the same run. The
-floor leaves out determinants and solves; `ml` and `sml` cannot do without. Nor is the time in it that the norm of the gradient,
-the optimiser and the moving average take to read and write every weight, which is printed beside it. Ten steps of one kind in
-a row, as in training, are timed at once, the kinds interleaved, so that a slow moment of the machine hits all of them, and the
-medians are printed; with --compile also those of compiled steps, and of --arch toy, the flow in the plane, of a plain step
-in float64. The learning rate is so small that the weights stay what they are.
+A step is everything that training does for one batch: indexing, dequantisation, pre-processing (centred pixels),
+objective, gradient, optimiser, moving average. The floor of --arch fc is the number of products of a (batch × D) with a
+(D × D) matrix in a step, by torch's own counter of operations, times the time of one product. It leaves out the
+determinants and solves that `ml` and `sml` need. It also leaves out the passes over the parameters: the norm of the
+gradient, the optimiser and the moving average read or write each of them. The time of these passes is printed.
+
+Ten steps of one kind are timed together. Kinds take turns, so slow moments of the machine hit all of them. The medians
+are printed. With --compile there are also compiled steps. With --arch toy, the flow in the plane, there are also plain
+steps in float64. The learning rate is so small that the parameters stay what they are. The experiment takes about a
+minute on two cores. Compiling an objective takes up to a minute more.
 """
 
 import argparse
+import copy
 import statistics
 import time
+from itertools import count
 
 import torch
+from torch.nn.utils import get_total_norm
 from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+import train_mnist
 import train_toy
-from data import MNIST, TOYS, mnist
-from ebflow import toy_flow
-from train_mnist import DEFAULTS, LOSSES, build, minibatch, parse
-from training import Graphed, MovingAverage, descend, fast_matmul, gradient_of, make_optimizer, objective, theta_of
+from data import MNIST, TOYS, DataError, mnist
+from ebflow import EBFlow, toy_flow
+from losses import OBJECTIVES
+from support import processes, settings
+from support.fast import Graphed, fast_products
+from support.optimization import trainable, update_average
+from support.run import one_line_errors
 
 
 class FlopCounter(TorchDispatchMode):
-    """Sums torch's own formulas. (Its FlopCounterMode hooks modules, which ∇_x within a loss does not survive.)"""
+    """Sums torch's own formulas. torch's FlopCounterMode hooks modules, and fails on the ∇_x in a loss."""
 
     def __init__(self, formulas=flop_registry):
         super().__init__()
@@ -58,54 +67,52 @@ def timed(function, device):
 
 
 def training_step(loss, images, batch_size, device, arch="fc", *flags):
-    """A function that does one whole step on random images of the training split, and one that does its passes over the weights."""
-    samples = ["--model-samples", str(batch_size)] if loss == "sml" else []
-    a = parse(["--arch", arch, "--loss", loss, "--batch-size", str(batch_size), "--normalize", "center", "--lr", "1e-8", *samples, *flags])
-    pre, flow, image_model = (part.to(device) for part in build(a, images[:2000]))
-    train_set = images.view(len(images), *flow.shape).to(device)
-    optimizer = make_optimizer(a, flow)
-    average = MovingAverage(image_model, a.ema_decay)
-    gradient = gradient_of(a, flow, optimizer)
+    """A step on random images, and its passes over the parameters alone.   -> () -> None, () -> None"""
+    s = settings.parse(settings.Mnist, ["--arch", arch, "--loss", loss, "--batch-size", str(batch_size),
+                                        "--model-samples", str(batch_size), "--normalize", "center", "--lr", "1e-8",
+                                        *flags], strict=False)  # --model-samples is of sml alone
+    pre, flow = train_mnist.build(s, images[:2000])
+    model = EBFlow([*pre.layers, *flow.layers], pre.shape).to(device)
+    averaged = copy.deepcopy(model)
+    train_step, optimizer = train_mnist.make_step(s, pre, flow, model, averaged)
+    parameters, averages = trainable(model), trainable(averaged)
+    train_set, n = images.to(device), count()
 
     def step():
         index = torch.randint(len(train_set), (batch_size,), device=device)
-        with fast_matmul(loss):
-            descend(a, gradient(minibatch(a, pre, train_set[index])), optimizer)
-        average.update()
+        train_step(train_set[index], next(n))
 
-    def passes():
-        theta_of(optimizer).grad.norm()
+    def passes():  # after a step, which leaves a gradient
+        get_total_norm([p.grad for p in parameters])
         optimizer.step()
-        average.update()
+        update_average(averages, parameters, next(n))
 
     return step, passes
 
 
 def toy_step(loss, batch_size, device, *flags):
-    """A function that does one whole step on fresh points of the swirl."""
-    a, toy, flow = toy_problem(loss, device, *flags)
-    optimizer = make_optimizer(a, flow)
-    average = MovingAverage(flow, a.ema_decay)
-    gradient = gradient_of(a, flow, optimizer)
-
-    def step():
-        descend(a, gradient(toy.sample(batch_size, device).float()), optimizer)
-        average.update()
-
-    return step
+    """A step on fresh points of the swirl.   -> () -> None"""
+    s, toy, flow, sigma = toy_problem(loss, device, *flags)
+    train_step, _ = train_toy.make_step(s, flow, copy.deepcopy(flow))
+    n = count()
+    return lambda: train_step(toy.sample(batch_size, device), sigma, next(n))
 
 
 def plain_toy_step(loss, batch_size, device):
-    """The same flow and objective in float64, with gradients for the noisy points, too, and torch's optimiser and average as they come."""
-    a, toy, flow = toy_problem(loss, device)
+    """A step of the same flow and objective in float64, as torch's tutorials write it.   -> () -> None
+
+    It computes gradients for the noisy points, too, and takes torch's optimiser and moving average as they come.
+    """
+    s, toy, flow, sigma = toy_problem(loss, device)
     flow.double()
-    optimizer = torch.optim.Adam(flow.parameters(), lr=a.lr)
-    average = AveragedModel(flow, avg_fn=get_ema_avg_fn(a.ema_decay))
+    optimizer = torch.optim.Adam(flow.parameters(), lr=s.lr)
+    average = AveragedModel(flow, avg_fn=get_ema_avg_fn(0.999))
 
     def step():
         optimizer.zero_grad()
-        objective(a, flow, toy.sample(batch_size, device).double()).backward()
-        torch.nn.utils.get_total_norm([p.grad for p in flow.parameters()])
+        x = toy.sample(batch_size, device).double()
+        OBJECTIVES[loss](flow, x, share=processes.share, sigma=sigma, pooled=True, **s.config()).backward()
+        get_total_norm([p.grad for p in flow.parameters()])
         optimizer.step()
         average.update_parameters(flow)
 
@@ -113,13 +120,17 @@ def plain_toy_step(loss, batch_size, device):
 
 
 def toy_problem(loss, device, *flags):
-    (a,), _ = train_toy.parse(["--data", "swirl", "--loss", loss, "--lr", "1e-8", *flags])
-    a.sigma = torch.tensor(a.start_smoothing, device=device)
-    return a, TOYS["swirl"](), toy_flow().to(device)
+    """Settings, the swirl, the flow at its start, and the noise level at the start as a tensor."""
+    s = settings.parse(settings.Toy, ["--data", "swirl", "--loss", loss, "--lr", "1e-8", *flags])
+    sigma = torch.tensor(s.start_smoothing, dtype=torch.float64, device=device)
+    return s, TOYS["swirl"](), toy_flow(blocks=s.blocks, width=s.width).to(device), sigma
 
 
-def count(loss, images, batch_size):
-    """Products of a (batch × D) with a (D × D) matrix in a step of the fully-connected flow, on a CPU: what a GPU replays is not counted."""
+def count_products(loss, images, batch_size):
+    """Products of a (batch × D) with a (D × D) matrix in a step of the fully-connected flow.
+
+    It counts on a CPU, because products that a GPU replays cannot be counted.
+    """
     step, _ = training_step(loss, images, batch_size, torch.device("cpu"))
     with FlopCounter() as counter:
         step()
@@ -127,10 +138,10 @@ def count(loss, images, batch_size):
 
 
 def interleaved(functions, repeats, device, calls=10):
-    """The median time of each function in so many calls in a row, in seconds a call.   {name: ()} -> {name: float}"""
+    """Seconds of a call of each function: the median over blocks of so many calls.   {name: ()} -> {name: float}"""
     times = {name: [] for name in functions}
     for function in functions.values():
-        function()  # the first one is slower
+        function()  # the first call is slower
     for _ in range(repeats):
         for name, function in functions.items():
             times[name].append(timed(lambda: [function() for _ in range(calls)], device) / calls)
@@ -139,50 +150,57 @@ def interleaved(functions, repeats, device, calls=10):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--arch", choices=[*DEFAULTS, "toy"], default="fc")
-    parser.add_argument("--batch-size", type=int, help="100, of the toys 512")
+    parser.add_argument("--arch", choices=[*settings.RECIPES, "toy"], default="fc")
+    parser.add_argument("--batch-size", type=int, help="by default 100, for the toys 512")
     parser.add_argument("--repeats", type=int, default=12, help="blocks of ten steps of each kind")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--compile", action="store_true", help="time compiled steps, too")
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    parser.add_argument("--compile", action="store_true", help="time compiled steps, too, on a CPU")
     a = parser.parse_args(argv)
-    device, toys = torch.device(a.device), a.arch == "toy"
-    if a.compile and device.type != "cpu":
-        parser.error("--compile is for a CPU: add --device cpu")
+    with one_line_errors(DataError), processes.joined(a.device) as device:
+        experiment(a, device)
+
+
+def experiment(a, device):
+    toys = a.arch == "toy"
     batch_size = a.batch_size or (512 if toys else 100)
     variants = {"": [], "compiled": ["--compile"]} if a.compile else {"": []}
-    pairs = [(loss, variant) for variant in variants for loss in LOSSES]
+    kinds = [(loss, variant) for variant in variants for loss in OBJECTIVES]
     if toys:
-        steps = {(loss, variant): toy_step(loss, batch_size, device, *variants[variant]) for loss, variant in pairs}
-        steps |= {(loss, "plain"): plain_toy_step(loss, batch_size, device) for loss in LOSSES}
+        steps = {(loss, variant): toy_step(loss, batch_size, device, *variants[variant]) for loss, variant in kinds}
+        steps |= {(loss, "plain"): plain_toy_step(loss, batch_size, device) for loss in OBJECTIVES}
     else:
         images = mnist(MNIST)[0]
-        steps = {(loss, variant): training_step(loss, images, batch_size, device, a.arch, *variants[variant]) for loss, variant in pairs}
-        passes = steps["dsm", ""][1]  # the same for all
-        steps = {name: step for name, (step, _) in steps.items()}
+        pairs = {(loss, variant): training_step(loss, images, batch_size, device, a.arch, *variants[variant])
+                 for loss, variant in kinds}
+        steps = {kind: step for kind, (step, _) in pairs.items()}
     if a.arch == "fc":
         D = images[0].numel()
         x, W = torch.randn(batch_size, D, device=device), torch.randn(D, D, device=device)
-        ten = Graphed(lambda x: [x @ W for _ in range(10)])
+        multiply = Graphed(lambda x: [x @ W for _ in range(10)], [])
 
         def ten_products():
-            with fast_matmul("dsm"):
-                ten(x)
+            with fast_products("dsm"):
+                multiply(x)
 
-        steps |= {"ten products": ten_products, "passes": passes}
+        steps |= {"ten products": ten_products, "passes": pairs["dsm", ""][1]}  # the passes are the same for all
     median = interleaved(steps, a.repeats, device)
 
     columns = [*variants, *["plain"] * toys]
+    heads = ["batches/s", "step (ms)"]
+    figures = {kind: [f"{1 / t:.1f}", f"{1e3 * t:.2f}"] for kind, t in median.items()}
     print(f"{torch.get_num_threads()} threads, batch size {batch_size}")
-    heads, cells = ["batches/s", "step (ms)"], lambda loss, t: [f"{1 / t:.1f}", f"{1e3 * t:.2f}"]
     if a.arch == "fc":
-        product, products = median["ten products"] / 10, {loss: count(loss, images, batch_size) for loss in LOSSES}
+        product = median["ten products"] / 10
         print(f"one product of {batch_size}×{D} with {D}×{D}: {1e3 * product:.3f} ms; "
               f"gradient norm, optimiser and moving average: {1e3 * median['passes']:.2f} ms")
         heads += ["products", "step / floor"]
-        cells = lambda loss, t: [f"{1 / t:.1f}", f"{1e3 * t:.2f}", f"{products[loss]:.0f}", f"{t / (products[loss] * product):.2f}"]
-    print(f"{'objective':9}" + "".join(f"{f'{name} {head}'.strip():>22}" for name in columns for head in heads))
-    for loss in LOSSES:
-        print(f"{loss:9}" + "".join(f"{figure:>22}" for name in columns for figure in cells(loss, median[loss, name])))
+        for loss in OBJECTIVES:
+            products = count_products(loss, images, batch_size)
+            for variant in variants:
+                figures[loss, variant] += [f"{products:.0f}", f"{median[loss, variant] / (products * product):.2f}"]
+    print(f"{'objective':9}" + "".join(f"{f'{column} {head}'.strip():>22}" for column in columns for head in heads))
+    for loss in OBJECTIVES:
+        print(f"{loss:9}" + "".join(f"{figure:>22}" for column in columns for figure in figures[loss, column]))
 
 
 if __name__ == "__main__":

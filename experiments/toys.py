@@ -1,10 +1,12 @@
-"""The toys' grid and table: five objectives on three densities, several seeds, measured against the truth.
+"""The five objectives on the three densities in the plane, several seeds, measured against the truth.
 
-    python -m experiments.toys
+    python -m experiments.toys --compile
 
-Trains what is missing under runs/, as `python train_toy.py --data all --loss all --seed SEED` does; a run that was stopped
-goes on. Writes results/toys.png (of seed 0) and results/toys.json, and prints the rows of the README: mean and, from two
-seeds on, the half-width of the 95 % interval of the mean (Student's t).
+Runs `python train_toy.py --data all --loss all --seed SEED` for three seeds under runs/, and continues runs that were
+stopped. All runs take about an hour on one core, and longer without --compile.
+
+Writes results/toys.png, the densities of seed 0, and results/toys.json. Prints the table of docs/results.md: means over
+the seeds, and from two seeds on the half-width of the 95 % interval of the mean (Student's t).
 """
 
 import argparse
@@ -14,10 +16,12 @@ import statistics
 from pathlib import Path
 
 import train_toy
+from data import TOYS
 from experiments import machine, record
-from run import read_metrics
+from losses import OBJECTIVES
+from support.run import read_metrics
 
-STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}  # 97.5 % quantile with n - 1 degrees of freedom
+STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}  # {n: the 97.5 % quantile with n - 1 degrees of freedom}
 
 
 def interval(values):
@@ -27,21 +31,21 @@ def interval(values):
 
 
 def rows(table):
-    """The README's table."""
+    """The table of docs/results.md."""
     def cell(row, figure):
         mean, half = row[figure], row[f"{figure}_95"]
         return f"{mean:.4f}" + ("" if half is None else f" ± {half:.4f}")
 
-    return [f"| {row['data']} | {row['loss']} | {row['steps']:,} | {cell(row, 'kl')} | {cell(row, 'fisher')} | {row['minutes']:.1f} |"
-            for row in table]
+    return [f"| {row['data']} | {row['loss']} | {row['steps']:,} | {cell(row, 'kl')} | {cell(row, 'fisher')} | "
+            f"{row['minutes']:.1f} |" for row in table]
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seeds", type=int, default=3, choices=range(1, 6))
+    parser.add_argument("--seeds", type=int, default=3, choices=range(1, 6), help="the number of seeds")
     parser.add_argument("--runs", type=Path, default=Path("runs"))
     parser.add_argument("--results", type=Path, default=Path("results"))
-    parser.add_argument("--compile", action="store_true", help="compile the gradients")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the gradients, on a CPU")
     a = parser.parse_args(argv)
     directories = [a.runs / f"toys-{seed}" for seed in range(a.seeds)]
     for seed, directory in enumerate(directories):
@@ -49,8 +53,8 @@ def main(argv=None):
                         *["--compile"] * a.compile])
 
     table = []
-    for toy in train_toy.TOYS:
-        for loss in train_toy.DEFAULTS:
+    for toy in TOYS:
+        for loss in OBJECTIVES:
             last = [read_metrics(d / f"{toy}-{loss}")[-1] for d in directories]
             row = {"data": toy, "loss": loss, "steps": last[0]["step"], "seeds": a.seeds,
                    "minutes": statistics.mean(r["seconds"] for r in last) / 60}
