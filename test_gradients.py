@@ -3,10 +3,11 @@
     python -m pytest test_gradients.py -v
 """
 
-import argparse
+import copy
 import itertools
 import math
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,8 +19,9 @@ import losses
 from ebflow import EBFlow, cnn_flow, fc_flow, glow_flow, logit_preprocessing, toy_flow
 from layers import (ActNorm, AffineCoupling, Conv1x1, Convolution, FullyConnected, LinearLayer, Logit,
                     SmoothLeakyReLU, Squeeze, Standardize)
-from train_mnist import DEFAULTS, LOSSES
-from training import as_vector, make_optimizer, train_step
+from losses import OBJECTIVES
+from support import settings
+from train_mnist import make_step
 
 
 @pytest.fixture(autouse=True)
@@ -48,12 +50,10 @@ PLANES = {  # the same on two-dimensional events, where a density can be integra
     "convolution": lambda: cnn_flow((1, 1, 2), kernel_size=3, blocks=1),
     "coupling": lambda: toy_flow(dim=2, blocks=2, width=6),
 }
-SCORE_MATCHING = {
-    "sm": losses.sm,
-    "ssm": losses.ssm,
-    "fdssm": lambda energy, x: losses.fdssm(energy, x, xi=0.3),
-    "dsm": lambda energy, x: losses.dsm(energy, x, sigma=0.3),
-}
+whole = lambda rows: rows  # noqa: E731  the share of one process
+SCORE_MATCHING = {"sm": losses.sm} | {
+    name: lambda energy, x, row=OBJECTIVES[name]: row(SimpleNamespace(energy=energy), x, whole, xi=0.3, sigma=0.3)
+    for name in ("ssm", "fdssm", "dsm")}  # the rows that the training scripts use
 architectures = pytest.mark.parametrize("architecture", ARCHITECTURES)
 objectives = pytest.mark.parametrize("objective", SCORE_MATCHING)
 
@@ -215,18 +215,15 @@ class Recorder(TorchDispatchMode):
         return {name for name in self.names if re.search(pattern, name) and "relu" not in name and "silu" not in name}
 
 
-def settings(loss):
-    return argparse.Namespace(loss=loss, **DEFAULTS["fc"][loss])
-
-
 def one_training_step(flow, loss):
-    a = settings(loss)
-    x = torch.randn(4, *flow.shape)
-    return train_step(a, flow, x, make_optimizer(a, flow))
+    """A step of train_mnist.py whose pre-processing leaves bytes as they are."""
+    s = settings.parse(settings.Mnist, ["--loss", loss])
+    step, _ = make_step(s, lambda x: x, flow, flow, copy.deepcopy(flow))
+    return step(torch.randint(0, 4, (4, *flow.shape), device=next(flow.parameters()).device), n=0)
 
 
 @architectures
-@pytest.mark.parametrize("loss", ["ssm", "fdssm", "dsm"])
+@pytest.mark.parametrize("loss", [loss for loss in OBJECTIVES if loss not in ("ml", "sml")])
 def test_a_training_step_of_score_matching_factorizes_nothing(architecture, loss, monkeypatch):
     flow = perturbed(ARCHITECTURES[architecture]())
     for layer in flow.layers:
@@ -327,7 +324,8 @@ def test_dsm_with_pooled_targets_has_the_same_expected_gradient(architecture):
     data, sigma = 0.3 * torch.randn(2, *flow.shape), 0.5
     noise, weights = gauss_hermite(40, flow.shape)
     own, pooled = (
-        flat(gradients(expectation(lambda n: losses.dsm(flow.energy, data, sigma, n.expand_as(data), p), noise, weights), flow))
+        flat(gradients(expectation(lambda n: losses.dsm(flow.energy, data, sigma, n.expand_as(data), p),
+                                   noise, weights), flow))
         for p in (False, True))
     assert distance(pooled, own) < 1e-5
 
@@ -452,11 +450,44 @@ def test_first_and_second_derivatives_of_every_layer_agree_with_finite_differenc
 
 
 @architectures
-@pytest.mark.parametrize("loss", LOSSES)
-def test_a_training_step_runs_on_the_meta_device(architecture, loss):
+@pytest.mark.parametrize("loss", OBJECTIVES)
+def test_a_training_step_runs_on_the_meta_device(architecture, loss, monkeypatch):
     """No number is computed there, but a tensor created on another device is an error."""
-    flow = ARCHITECTURES[architecture]().to("meta")
-    a = settings(loss)
-    x = torch.randn(4, *flow.shape, device="meta")
-    result = train_step(a, flow, x, torch.optim.Adam([as_vector(flow)]))
-    assert result.device.type == "meta"
+    adam = torch.optim.Adam  # the fused one does not know the device
+    monkeypatch.setattr(torch.optim, "Adam", lambda parameters, fused, **rest: adam(parameters, **rest))
+    figures = one_training_step(ARCHITECTURES[architecture]().to("meta"), loss)
+    assert figures["loss"].is_meta and figures["grad_norm"].is_meta
+
+
+def test_the_objectives_mark_nothing_of_the_caller():
+    """They differentiate in x, but not in the tensor that they are given."""
+    flow, x = perturbed(fc_flow(4)), torch.randn(3, 4)
+    for objective in SCORE_MATCHING.values():
+        objective(flow.energy, x)
+        assert not x.requires_grad and x.grad is None
+
+
+def test_each_objective_of_the_table_is_that_loss_of_the_model():
+    """With the same random numbers, whatever else is among the settings."""
+    flow, x = perturbed(fc_flow(3, bend=1.0)), torch.randn(50, 3)
+    expected = {"ml": lambda: -flow.log_prob(x).mean(),
+                "sml": lambda: flow.energy(x).mean() - flow.energy(flow.sample(20)).mean(),
+                "ssm": lambda: losses.ssm(flow.energy, x), "dsm": lambda: losses.dsm(flow.energy, x, 0.4),
+                "fdssm": lambda: losses.fdssm(flow.energy, x, 0.7)}
+    assert expected.keys() == OBJECTIVES.keys()
+    for name, row in OBJECTIVES.items():
+        torch.manual_seed(0)
+        found = row(flow, x, whole, model_samples=20, sigma=0.4, xi=0.7, epochs=3)
+        torch.manual_seed(0)
+        torch.testing.assert_close(found, expected[name]())
+
+
+def test_couplings_of_the_toy_flow_swap_their_halves_in_turn():
+    """So every coordinate is transformed given the other one."""
+    flow = perturbed(toy_flow(dim=2, blocks=2, width=6))
+    couplings = [layer for layer in flow.layers if isinstance(layer, AffineCoupling)]
+    x = torch.randn(1, 2)
+    for coupling, changed in zip(couplings, (1, 0)):
+        J = jacrev(lambda x: coupling(x)[0])(x).view(2, 2)
+        assert J[1 - changed, 1 - changed] == 1 and J[1 - changed, changed] == 0  # this half passes
+        assert J[changed, changed] not in (0, 1) and J[changed, 1 - changed] != 0

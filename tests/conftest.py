@@ -1,9 +1,16 @@
+"""What several test files share. Every test runs on one thread, since tests of other people may run beside it."""
+
 import os
 import shutil
+
+os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
 
 import pytest
 import torch
 
+from support.run import Run
+
+torch.set_num_threads(1)
 compiler = pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="needs a C++ compiler")
 
 
@@ -29,3 +36,39 @@ def failing(main):
         assert "\n" not in line
         return line
     return fails
+
+
+def stop_after(monkeypatch, saves):
+    """Ctrl-C after so many checkpoints have been written."""
+    save, count = Run.save, []
+
+    def stopping(self, *args, **kwargs):
+        save(self, *args, **kwargs)
+        count.append(1)
+        if len(count) == saves:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Run, "save", stopping)
+
+
+def checkpoint(directory):
+    return torch.load(directory / "checkpoint.pt", weights_only=True)
+
+
+def timeless(rows):
+    """The rows of a run's metrics without what depends on the machine."""
+    return [{k: v for k, v in row.items() if k not in ("seconds", "batches_per_second")} for row in rows]
+
+
+def assert_same_bits(a, b):
+    """Two states, of tensors and numbers in dictionaries and lists, are equal to the last bit."""
+    pairs = []
+    torch.utils._pytree.tree_map(lambda x, y: pairs.append((x, y)), a, b)
+    assert len(pairs) > 30 and any(torch.is_tensor(x) for x, _ in pairs)
+    assert all(torch.equal(x, y) if torch.is_tensor(x) else x == y for x, y in pairs)
+
+
+@pytest.fixture
+def no_pictures(monkeypatch):
+    """Drawing takes longer than the small runs of most tests."""
+    monkeypatch.setattr(Run, "picture", lambda self, name, figure: None)

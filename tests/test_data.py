@@ -75,6 +75,8 @@ def damage(directory, kind):
         path.write_bytes(gzip.compress(b"\0\0\x08"))
     elif kind == "labels":
         write_idx(path, torch.zeros(300, dtype=torch.uint8))
+    elif kind == "no pixels":
+        write_idx(path, torch.zeros(300, 0, 4, dtype=torch.uint8))
     elif kind == "other size":
         write_idx(path, torch.zeros(300, 5, 5, dtype=torch.uint8))
 
@@ -83,7 +85,9 @@ def damage(directory, kind):
     ("missing", "no train-images-idx3-ubyte.gz"), ("truncated", "cannot read .*train-images"),
     ("not gzip", "cannot read .*train-images"), ("not idx", "not an IDX file"),
     ("short", "4799 bytes of data, its header promises 4800"), ("altered", "damaged or altered"),
-    ("binary mode", "damaged or altered"), ("sums", "cannot check"), ("stub", "not an IDX file"), ("labels", "1 axes"), ("other size", r"\(1, 5, 5\), test images \(1, 4, 4\)")])
+    ("binary mode", "damaged or altered"), ("sums", "cannot check"), ("stub", "not an IDX file"), ("labels", "1 axes"),
+    ("no pixels", r"train-images.* holds images without pixels: their shape is \(0, 4\)"),
+    ("other size", r"\(1, 5, 5\), test images \(1, 4, 4\)")])
 def test_a_bad_file_is_named_with_what_was_expected(tmp_path, kind, message):
     damage(small_data_set(tmp_path), kind)
     with pytest.raises(DataError, match=message):

@@ -2,28 +2,37 @@
 
 import json
 import math
+from functools import partial
 from itertools import islice
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from torch.func import jacrev, vmap
 
 import losses
 import train_mnist
 import train_toy
-from ebflow import EBFlow, fc_flow, toy_flow
-from experiments import ablation, depth, determinant, generation, gradient_variance, imputation, linear_masks, race, rivals
-from experiments.toys import interval
 from data import TOYS, dequantize, mnist
+from ebflow import EBFlow, fc_flow, toy_flow
+from experiments import (ablation, depth, determinant, generation, gradient_variance, imputation, linear_masks, race,
+                         rivals, toys)
+from experiments import mnist as mnist_table
 from layers import ActNorm, FullyConnected
-from run import RunError, read_metrics
+from losses import OBJECTIVES
+from support import settings
+from support.run import RunError, read_metrics
 from test_data import small_data_set, write_idx
+
+CPU = torch.device("cpu")
+RESULTS = Path(__file__).parent.parent / "results"
 
 
 def test_the_entropy_of_the_ten_dimensional_density_is_that_of_the_brute_force_jacobian(float64):
     """h(y) = h(n) + E log|det dy/dn|, with the Jacobian by automatic differentiation."""
-    noise = torch.randn(20_000, 10).clamp(-3.3, 3.3)  # where 1 - tanh² still has digits
+    noise = torch.randn(5_000, 10).clamp(-3.3, 3.3)  # where 1 - tanh² still has digits
     J = vmap(jacrev(lambda n: linear_masks.data(n[None])[0]))(noise)
     log_det = torch.linalg.slogdet(J).logabsdet
     expected = 5 * math.log(2 * math.pi * math.e) + log_det.mean().item()
@@ -47,9 +56,10 @@ def test_a_masked_flow_has_the_density_of_its_brute_force_jacobian_and_a_step_le
                                             "upper × lower": (True, True)}[name]
 
 
-def test_linear_masks_runs_and_writes_its_figure(tmp_path, capsys):
+def test_linear_masks_runs_and_writes_its_figure(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(linear_masks, "entropy", partial(linear_masks.entropy, 10_000))
     try:
-        linear_masks.main(["--steps", "20", "--seeds", "1", "--batch-size", "32", "--results", str(tmp_path)])
+        linear_masks.main(["--steps", "2", "--seeds", "1", "--batch-size", "32", "--results", str(tmp_path)])
     finally:
         torch.set_default_dtype(torch.float32)
     result = json.loads((tmp_path / "linear-masks.json").read_text())
@@ -60,20 +70,21 @@ def test_linear_masks_runs_and_writes_its_figure(tmp_path, capsys):
 @pytest.mark.parametrize("arch, loss", [("fc", "ssm"), ("cnn", "ml"), ("glow", "dsm")])
 def test_imputation_and_generation_run_on_a_trained_model(tmp_path, capsys, arch, loss):
     data = tmp_path
-    for name, n in (("train", 300), ("t10k", 40)):  # of each image a shade with noise, and the left half is bright
+    for name, n in (("train", 300), ("t10k", 40)):  # an image is a shade with noise, and its left half is bright
         shade = torch.randint(0, 100, (n, 1, 1)) + torch.randint(0, 16, (n, 4, 4))
         write_idx(data / f"{name}-images-idx3-ubyte.gz", (shade + torch.tensor([130, 130, 0, 0])).to(torch.uint8))
     train_mnist.main(["--data", str(data), "--out", str(tmp_path / "run"), "--arch", arch, "--loss", loss, "--epochs", "3",
-                      "--batch-size", "50", "--device", "cpu", "--lr", "1e-3"])
+                      "--batch-size", "50", "--device", "cpu", "--lr", "1e-3",
+                      *(["--width", "8", "--depth", "1"] if arch == "glow" else [])])
     shared = ["--run", str(tmp_path / "run"), "--data", str(data), "--results", str(tmp_path)]
-    imputation.main([*shared, "--digits", "40", "--draws", "4", "--steps", "100"])
+    imputation.main([*shared, "--digits", "40", "--draws", "4", "--steps", "50"])
     errors = json.loads((tmp_path / f"imputation-{arch}-{loss}.json").read_text())["rmse"]["random pixels"]
     # the pixels of an image share their shade: what is seen tells of what is missing
     assert errors["mean of draws"] < errors["training mean"] and errors["mean of draws"] < errors["one draw"]
     generation.main([*shared, "--chains", "3", "--steps", "60"])
     assert (tmp_path / f"generation-{arch}-{loss}.png").stat().st_size > 1000
     printed = capsys.readouterr().out
-    args, pre, flow, _ = train_mnist.load(tmp_path / "run", mnist(data)[0])
+    _, pre, flow, _ = train_mnist.load(tmp_path / "run", mnist(data)[0])
     energy = flow.energy(pre(dequantize(mnist(data)[2]).view(-1, *flow.shape))).mean().item()
     assert "acceptance" in printed and float(printed.split("test images    energy")[1]) == pytest.approx(energy, rel=0.1)
 
@@ -93,16 +104,15 @@ def test_the_ablation_measures_what_train_mnist_does_and_goes_on_from_what_it_ha
     ablation.main(ablated)
     first = (tmp_path / "ablation.json").read_text()
     runs = json.loads(first)["runs"]
-    for name, column, flags in (("dsm with MaP, seed 0", "EMA", ["--ema", "--map"]), ("dsm with MaP, seed 0", "no EMA", ["--no-ema"]),
+    for name, column, flags in (("dsm with MaP, seed 0", "EMA", ["--ema", "--map"]),
+                                ("dsm with MaP, seed 0", "no EMA", ["--no-ema"]),
                                 ("dsm without MaP, seed 0", "no EMA", ["--no-ema", "--no-map"])):
         train_mnist.main([*shared, "--out", str(tmp_path / "run"), "--overwrite", "--loss", "dsm", *flags])
         last = read_metrics(tmp_path / "run")[-1]
         assert last["best_epoch"] == 2  # the ablation takes the last
         assert runs[name][column] == pytest.approx(last["test_nll"])
-    norms = {name: sum(run["norms"]) / len(run["norms"]) for name, run in runs.items()}
-    assert all(len(run["norms"]) == 10 for run in runs.values())
-    for loss in ablation.OBJECTIVES:
-        assert norms[f"{loss} without MaP, seed 0"] != norms[f"{loss} with MaP, seed 0"]
+        norms = torch.tensor(runs[name]["norms"]).view(2, 5).mean(1).tolist()
+        assert norms == pytest.approx([row["grad_norm"] for row in read_metrics(tmp_path / "run")[1:]])
     ablation.main(ablated)
     assert (tmp_path / "ablation.json").read_text() == first and (tmp_path / "ablation.png").stat().st_size > 1000
     assert ablation.rows(runs)[1] in capsys.readouterr().out
@@ -111,14 +121,27 @@ def test_the_ablation_measures_what_train_mnist_does_and_goes_on_from_what_it_ha
     assert "move it away" in exit.value.code
 
 
+def test_a_training_of_the_ablation_that_breaks_down_is_a_cell_of_the_table(tmp_path):
+    splits, runs = mnist(small_data_set(tmp_path)), {}
+    for loss in ablation.OBJECTIVES:
+        for on in ("--map", "--no-map"):
+            lr = "1e30" if (loss, on) == ("dsm", "--map") else "1e-4"
+            s = settings.parse(settings.Mnist, ["--loss", loss, on, "--epochs", "1", "--batch-size", "50", "--lr", lr])
+            runs[ablation.label(s)] = ablation.train(s, splits, CPU)
+    broke = runs["dsm with MaP, seed 0"]
+    assert broke == {"EMA": None, "no EMA": None, "norms": [], "broke": "the loss or its gradient is not finite in epoch 1"}
+    assert sum(run["broke"] is None for run in runs.values()) == 5
+    assert ablation.rows(runs)[1].endswith("| broke down | broke down |") and ablation.picture(runs)
+
+
 def test_the_interval_is_student_s():
-    mean, half = interval([1.0, 2.0, 3.0])
+    mean, half = toys.interval([1.0, 2.0, 3.0])
     assert mean == 2 and half == pytest.approx(4.303 / 3**0.5, rel=1e-3)
-    assert interval([1.0]) == (1.0, None)
+    assert toys.interval([1.0]) == (1.0, None)
 
 
 def test_the_variance_of_the_importance_weights_is_the_closed_form_s():
-    """Of E_q[w]=1/|det W| and E_q[w²], w = p_u(Wx)/q(x), by many draws where the variance is small."""
+    """E_q[w] = 1/|det W| and E_q[w²] for w = p_u(Wx)/q(x), by many draws where the variance is small."""
     W = torch.eye(3).double() + 0.1 * torch.randn(3, 3).double()
     for fit in determinant.PROPOSALS.values():
         q = determinant.Gaussian(0.9 * fit(W))  # off its best, so that there is something to see
@@ -142,7 +165,7 @@ def test_each_proposal_is_closer_than_the_one_before_and_the_fitted_one_finds_th
 
 
 def test_the_determinant_experiment_runs_and_its_error_is_the_predicted_one(tmp_path, capsys):
-    determinant.main(["--dims", "2", "4", "--dim", "4", "--samples", "200", "2000", "--c", "0.1", "--results", str(tmp_path)])
+    determinant.main(["--dims", "2", "--dim", "4", "--samples", "200", "2000", "--c", "0.1", "--results", str(tmp_path)])
     result = json.loads((tmp_path / "determinant.json").read_text())
     assert (tmp_path / "determinant.png").stat().st_size > 1000
     for row in result["by_samples"] + result["by_dimension"]:
@@ -160,14 +183,16 @@ def some_flow():
 def test_the_relative_gradient_is_that_of_maximum_likelihood_times_w_transposed_w(float64):
     flow, x = some_flow(), torch.randn(9, 6)
     exact = torch.autograd.grad(losses.ml(flow.log_prob, x), [*flow.parameters()])
-    torch.testing.assert_close(torch.autograd.grad(losses.ml(rivals.Rival(flow, rivals.ExactLayer).log_prob, x), [*flow.parameters()]), exact)
-    relative = torch.autograd.grad(losses.ml(rivals.Rival(flow, rivals.RelativeLayer).log_prob, x), [*flow.parameters()])
+    same = rivals.Rival(flow, rivals.ExactLayer)
+    torch.testing.assert_close(torch.autograd.grad(losses.ml(same.log_prob, x), [*flow.parameters()]), exact)
+    rival = rivals.Rival(flow, rivals.RelativeLayer)
+    relative = torch.autograd.grad(losses.ml(rival.log_prob, x), [*flow.parameters()])
     for p, e, r in zip(flow.parameters(), exact, relative):
         torch.testing.assert_close(r, e @ p.T @ p if p.dim() == 2 else e)
 
 
 def test_self_normalizing_has_half_the_gradient_of_maximum_likelihood_in_w_and_the_other_half_in_its_inverse(float64):
-    """Where R = W⁻¹. In R it is that of the likelihood as a function of R: ∂W = -W ∂R W, so -WᵀGWᵀ for the gradient G of W."""
+    """Where R = W⁻¹. R gets the gradient of the likelihood as a function of R: ∂W = -W ∂R W, so -WᵀGWᵀ, G that of W."""
     flow, x = some_flow(), torch.randn(9, 6)
     rival = rivals.Rival(flow, rivals.SelfNormalizingLayer)
     for layer, ours in zip(flow.layers, rival.layers):
@@ -190,7 +215,8 @@ def test_the_reconstruction_of_self_normalizing_keeps_w_and_r_inverse_to_each_ot
     error = x @ W.T @ R.T - x
     expected = 2 * R.T @ error.T @ x / 500, 2 * error.T @ x @ W.T / 500
     torch.testing.assert_close(torch.autograd.grad(layer.reconstruction, [W, R]), expected)
-    loss, terms = losses.ml(rival.log_prob, x), [ours.reconstruction for ours in rival.layers if isinstance(ours, rivals.SelfNormalizingLayer)]
+    loss = losses.ml(rival.log_prob, x)
+    terms = [ours.reconstruction for ours in rival.layers if isinstance(ours, rivals.SelfNormalizingLayer)]
     determinants = losses.ml(EBFlow(rival.layers, rival.shape).log_prob, x)
     torch.testing.assert_close(loss - determinants, sum(terms))  # λ = 1
     optimizer = torch.optim.Adam([R], lr=0.01)
@@ -204,7 +230,8 @@ def test_the_reconstruction_of_self_normalizing_keeps_w_and_r_inverse_to_each_ot
 
 def test_the_rivals_run_and_go_on_from_what_they_have(tmp_path, capsys):
     data = small_data_set(tmp_path)
-    shared = ["--data", str(data), "--results", str(tmp_path), "--every", "4", "--steps", "10", "--batch-size", "50", "--device", "cpu"]
+    shared = ["--data", str(data), "--results", str(tmp_path), "--every", "4", "--steps", "10", "--batch-size", "50",
+              "--device", "cpu"]
     rivals.main(shared)
     path = tmp_path / "rivals.json"
     first = path.read_text()
@@ -217,7 +244,8 @@ def test_the_rivals_run_and_go_on_from_what_they_have(tmp_path, capsys):
     rivals.main(shared)
     assert path.read_text() == first and rivals.rows(runs)[2] in capsys.readouterr().out
     assert (tmp_path / "rivals.png").stat().st_size > 1000
-    curve = [(0, 0.5, 9.0), (10, 52.5, 4.0), (20, 54.5, 3.0), (30, 90.5, 3.5), (40, 92.5, 3.5)]  # the first and another stretch were slow
+    # The first stretch was slow, and another one.
+    curve = [(0, 0.5, 9.0), (10, 52.5, 4.0), (20, 54.5, 3.0), (30, 90.5, 3.5), (40, 92.5, 3.5)]
     assert rivals.step_time(curve) == 0.2 and rivals.step_time(curve[:2]) == 5.2 and rivals.reached(curve, 5) == 8
     assert rivals.reached(curve, 10) == 0 and rivals.reached(curve, 2) is None
     assert rivals.rows({"a": {"curve": [(s, t, 1100 * x / 9) for s, t, x in curve], "broke": None}}) == [
@@ -227,25 +255,39 @@ def test_the_rivals_run_and_go_on_from_what_they_have(tmp_path, capsys):
     assert "seed is 0 there and 1 here; move it away" in exit.value.code
 
 
+@pytest.mark.parametrize("loss, flags", [("ml", []), ("ssm", ["--sigma", "0.4"]), ("dsm", [])])
+def test_the_loop_of_the_rivals_trains_as_train_mnist_does(tmp_path, loss, flags):
+    data = small_data_set(tmp_path)  # five batches
+    flags = ["--batch-size", "50", "--lr", "1e-3", "--seed", "3", *flags]
+    train_mnist.main(["--loss", loss, "--normalize", "center", "--epochs", "2", *flags, "--data", str(data),
+                      "--device", "cpu", "--out", str(tmp_path / "run")])
+    curve = rivals.train(loss, "center", flags, 10, 5, mnist(data), CPU)["curve"]
+    assert [step for step, _, _ in curve] == [0, 5, 10]
+    expected = [row["val_nll"] for row in read_metrics(tmp_path / "run")]
+    assert [nll for _, _, nll in curve] == pytest.approx(expected, rel=1e-6)
+    assert curve[2][2] != pytest.approx(curve[0][2], rel=1e-4)
+
+
 def test_a_rival_that_breaks_down_is_a_row(tmp_path):
     splits = mnist(small_data_set(tmp_path))
-    run = rivals.train("ml", "center", ["--batch-size", "50", "--lr", "1e30", "--warmup", "0"], 10, 5, splits, torch.device("cpu"))
-    assert "epoch 1, step" in run["broke"] and len(run["curve"]) == 1
+    run = rivals.train("ml", "center", ["--batch-size", "50", "--lr", "1e30"], 10, 5, splits, CPU)
+    assert run["broke"] == "not finite at step 3" and len(run["curve"]) == 1  # the learning rate of the first is 0
     whole = {"curve": [(0, 0.0, 9.0), (5, 1.0, 8.0)], "broke": None}
     runs = {f"{name}, {start}": whole for name in rivals.METHODS for start in rivals.STARTS}
     assert sum(len(axes.lines) for axes in rivals.picture(runs).axes) == 20
     runs |= {"ml, center": run, "ml, whiten": {"curve": [], "broke": "a weight"}}
     assert sum(len(axes.lines) for axes in rivals.picture(runs).axes) == 16
-    assert "epoch 1, step" in rivals.rows({"ml": run})[0] and "weight" in rivals.rows({"ml": {"curve": [], "broke": "a weight"}})[0]
+    assert "at step 3" in rivals.rows({"ml": run})[0]
+    assert "weight" in rivals.rows({"ml": {"curve": [], "broke": "a weight"}})[0]
 
 
 def test_digits_beside_each_other_are_as_likely_each_as_alone(tmp_path):
     splits = mnist(small_data_set(tmp_path))
     flags = ["--batch-size", "50", "--lr", "1e-12"]  # the start, where the weights are I
-    one, two = (rivals.train("ml", "center", flags, 2, 2, splits, torch.device("cpu"), digits=n)["curve"] for n in (1, 2))
+    one, two = (rivals.train("ml", "center", flags, 2, 2, splits, CPU, digits=n)["curve"] for n in (1, 2))
     assert one[0][2] == pytest.approx(two[0][2], rel=5e-3)
     with pytest.raises(RunError, match="lower --digits"):
-        rivals.train("ml", "center", flags, 2, 2, splits, torch.device("cpu"), digits=1000)
+        rivals.train("ml", "center", flags, 2, 2, splits, CPU, digits=1000)
 
 
 @pytest.mark.parametrize("n", [1, 3])
@@ -261,7 +303,7 @@ def test_the_race_stops_at_the_level(tmp_path, capsys, monkeypatch):
     data = small_data_set(tmp_path)
     monkeypatch.setattr(race, "METHODS", {name: (1e-2, 40, ["--batch-size", "50"]) for name in race.METHODS})
     flags = ["--batch-size", "50", "--actnorm", "moments"]
-    start = rivals.train("ml", "center", flags, 1, 1, mnist(data), torch.device("cpu"))["curve"][0][2]
+    start = rivals.train("ml", "center", flags, 1, 1, mnist(data), CPU)["curve"][0][2]
     monkeypatch.setattr(race, "LEVEL", start - 1)
     shared = ["--data", str(data), "--results", str(tmp_path), "--every", "4", "--digits", "1", "2", "--device", "cpu"]
     race.main(shared)
@@ -287,87 +329,109 @@ def test_the_race_stops_at_the_level(tmp_path, capsys, monkeypatch):
 
 def test_a_rival_has_the_loss_of_maximum_likelihood_with_an_actnorm_that_is_held(tmp_path):
     images = mnist(small_data_set(tmp_path))[0]
-    args = train_mnist.parse(["--loss", "ml", "--actnorm", "moments"])
-    pre, flow, _ = train_mnist.build(args, images)
-    x = train_mnist.minibatch(args, pre, images[:20].flatten(1))
-    torch.testing.assert_close(losses.ml(rivals.Rival(flow, rivals.ExactLayer).log_prob, x), losses.ml(flow.log_prob, x), check_dtype=False)
+    pre, flow = train_mnist.build(settings.parse(settings.Mnist, ["--loss", "ml", "--actnorm", "moments"]), images)
+    x = pre(dequantize(images[:20].flatten(1)))
+    rival = rivals.Rival(flow, rivals.ExactLayer)
+    torch.testing.assert_close(losses.ml(rival.log_prob, x), losses.ml(flow.log_prob, x), check_dtype=False)
 
 
 def test_the_moments_of_a_gradient_are_those_of_known_noise():
     w = torch.zeros(3, requires_grad=True)
-    mean, variance = gradient_variance.moments(lambda: (w * (torch.tensor([3.0, 4.0, 0.0]) + 2 * torch.randn(3))).sum(), [w], 4000)
+    loss = lambda: (w * (torch.tensor([3.0, 4.0, 0.0]) + 2 * torch.randn(3))).sum()
+    mean, variance = gradient_variance.moments(loss, [w], 4000)
     assert mean == pytest.approx(25, rel=0.05) and variance == pytest.approx(12, rel=0.05)
 
 
-def test_all_four_score_matching_objectives_have_one_mean_gradient_and_the_experiment_runs(tmp_path, capsys):
-    train_toy.main(["--data", "sine", "--loss", "dsm", "--epochs", "1", "--steps", "20", "--blocks", "2", "--width", "8", "--device", "cpu",
-                    "--test-points", "100", "--out", str(tmp_path / "run")])
-    shared = ["--run", str(tmp_path / "run"), "--results", str(tmp_path)]
-    gradient_variance.main([*shared, "--batches", "100", "--xi", "0.05"])
-    rows = json.loads((tmp_path / "gradient-variance.json").read_text())["rows"]
-    assert rows["ssm"]["variance"] > rows["sm"]["variance"] and rows["dsm, pooled"]["variance"] < 0.5 * rows["dsm"]["variance"]
+def test_all_four_score_matching_objectives_have_one_mean_gradient():
     flow, toy = toy_flow(blocks=2, width=8), TOYS["sine"]()
-    means, errors = zip(*(gradient_samples(flow, toy, loss) for loss in gradient_variance.OBJECTIVES.values()))
-    for mean, error in zip(means, errors):  # in every element
-        assert ((mean - means[1]).abs() < 5 * (error + errors[1]) + 1e-3).all()
-    assert means[1].abs().max() > 20 * errors[1].max()  # of which there is something to see
+    means, errors = {}, {}
+    for name, loss in gradient_variance.OBJECTIVES.items():
+        gradients = []
+        for _ in range(100):
+            value = loss(flow.energy, toy.points(500, "cpu"), 2.0, 0.05)
+            gradient = torch.autograd.grad(value, [*flow.parameters()], materialize_grads=True)
+            gradients.append(torch.cat([g.flatten() for g in gradient]))
+        gradients = torch.stack(gradients)
+        means[name], errors[name] = gradients.mean(0), gradients.std(0) / 10
+    for name in means:  # in every element
+        assert ((means[name] - means["sm"]).abs() < 5 * (errors[name] + errors["sm"]) + 1e-3).all()
+    assert means["sm"].abs().max() > 20 * errors["sm"].max()  # there is something to see
+
+
+def test_the_variances_of_the_gradients_are_measured_on_runs_of_both_scripts(tmp_path, capsys):
+    train_toy.main(["--data", "sine", "--loss", "dsm", "--epochs", "1", "--steps", "20", "--blocks", "2", "--width", "8",
+                    "--device", "cpu", "--test-points", "100", "--out", str(tmp_path / "run")])
+    shared = ["--run", str(tmp_path / "run"), "--results", str(tmp_path)]
+    gradient_variance.main([*shared, "--batches", "30", "--xi", "0.05"])
+    rows = json.loads((tmp_path / "gradient-variance.json").read_text())["rows"]
+    assert rows["ssm"]["variance"] > rows["sm"]["variance"]
+    assert rows["dsm, pooled"]["variance"] < 0.5 * rows["dsm"]["variance"]
     data = small_data_set(tmp_path)
     for loss in ("ssm", "ml"):
-        train_mnist.main(["--arch", "cnn", "--loss", loss, "--epochs", "1", "--batch-size", "100", "--data", str(data), "--device", "cpu",
-                          "--out", str(tmp_path / loss)])
-    gradient_variance.main([*shared, "--run", str(tmp_path / "ssm"), "--data", str(data), "--batches", "20", "--batch-size", "50"])
+        train_mnist.main(["--arch", "cnn", "--loss", loss, "--epochs", "1", "--batch-size", "100", "--data", str(data),
+                          "--device", "cpu", "--out", str(tmp_path / loss)])
+    images = ["--run", str(tmp_path / "ssm"), "--data", str(data)]
+    gradient_variance.main([*shared, *images, "--batches", "10", "--batch-size", "50"])
     rows = json.loads((tmp_path / "gradient-variance-cnn.json").read_text())["rows"]
-    assert list(rows) == ["dsm", "ssm", "fdssm"] and rows["fdssm"]["variance"] > rows["ssm"]["variance"]  # which has ½‖∇E‖² exactly
+    assert list(rows) == ["dsm", "ssm", "fdssm"]
+    assert rows["fdssm"]["variance"] > rows["ssm"]["variance"]  # ssm has ½‖∇E‖² exactly
     for flags, message in ((["--xi", "0"], "positive --xi"), (["--run", str(tmp_path)], "cannot read"),
-                           (["--run", str(tmp_path / "ml")], "nor one of train_mnist.py by score matching under noise")):
+                           (["--run", str(tmp_path / "ml")], "nor one of train_mnist.py by score matching with noise")):
         with pytest.raises(SystemExit) as exit:
             gradient_variance.main([*shared, *flags])
         assert message in str(exit.value.code) + capsys.readouterr().err
 
 
-def gradient_samples(flow, toy, loss):
-    gradients = torch.stack([torch.cat([g.flatten() for g in torch.autograd.grad(loss(flow.energy, toy.points(2000, "cpu"), 2.0, 0.05), [*flow.parameters()],
-                                                                                 materialize_grads=True)]) for _ in range(100)])
-    return gradients.mean(0), gradients.std(0) / 10
-
-
 def test_the_actnorm_of_the_race_goes_all_the_way_to_the_moments(tmp_path, monkeypatch):
-    momenta, initialize = [], ActNorm.initialize
-    monkeypatch.setattr(ActNorm, "initialize", lambda layer, x, momentum=1.0: momenta.append(momentum) or initialize(layer, x, momentum))
-    flags = ["--batch-size", "50", "--actnorm", "moments"]
-    rivals.train("dsm", "center", flags, 20, 20, mnist(small_data_set(tmp_path)), torch.device("cpu"))
-    assert momenta == [1.0] * len(momenta) and len(momenta) == 5  # at the start, twice in 20 steps, at the two evaluations
+    fractions, spreads, initialize = [], [], ActNorm.initialize
+    monkeypatch.setattr(ActNorm, "initialize", lambda layer, x, fraction=1.0: (
+        fractions.append(fraction), spreads.append(x.std().item()), initialize(layer, x, fraction)))
+    flags = ["--batch-size", "50", "--actnorm", "moments", "--sigma", "100"]
+    rivals.train("dsm", "center", flags, 20, 20, mnist(small_data_set(tmp_path)), CPU)
+    assert fractions == [1.0] * 5  # at the start, at an evaluation, twice in 20 steps, at an evaluation
+    assert min(spreads[2:4]) > 10 * max(*spreads[:2], spreads[4])  # the steps see the noise of dsm
 
 
-def test_runs_of_several_settings_stand_side_by_side(tmp_path, capsys):
-    tiny = ["--blocks", "2", "--width", "8", "--epochs", "1", "--steps", "5", "--batch-size", "50", "--test-points", "200", "--device", "cpu"]
-    for name, flags in (("a", ["--seed", "0"]), ("b", ["--seed", "1"]), ("c", ["--seed", "0", "--lr", "0.01"])):
-        train_toy.main(["--data", "sine", "--loss", "fdssm", *tiny, *flags, "--out", str(tmp_path / name)])
+TINY = ["--blocks", "2", "--width", "8", "--epochs", "1", "--steps", "5", "--batch-size", "50", "--test-points", "200",
+        "--device", "cpu"]
+
+
+def test_runs_of_several_settings_stand_side_by_side(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(depth, "kl_of_shares", partial(depth.kl_of_shares, n=5_000))
+    monkeypatch.setattr(train_toy.plots, "toy", lambda *_: Figure())
+    for name, flags in (("a", ["--seed", "0"]), ("b", ["--seed", "1"]), ("c", ["--lr", "0.01", "--plateau", "0.5"])):
+        train_toy.main(["--data", "sine", "--loss", "fdssm", *TINY, *flags, "--out", str(tmp_path / name)])
     (tmp_path / "a" / "checkpoint.pt").unlink()  # its figures count, the picture is another's
-    train_toy.main(["--data", "swirl", "--loss", "ml", *tiny, "--out", str(tmp_path / "d")])
+    train_toy.main(["--data", "swirl", "--loss", "ml", *TINY, "--out", str(tmp_path / "d")])
     directories = [str(tmp_path / name) for name in "abcd"]
     capsys.readouterr()
     depth.main([*directories, "--results", str(tmp_path)])
     kl = [read_metrics(tmp_path / name)[-1]["test_kl"] for name in "abcd"]
-    options = "--epochs 1{} --steps 5 --batch-size 50 --blocks 2 --width 8 --test-points 200"
+    options = "--epochs 1 --steps 5 --batch-size 50 --blocks 2 --width 8 --test-points 200"
     first, second, third = capsys.readouterr().out.splitlines()
     runs = json.loads((tmp_path / "depth.json").read_text())["runs"]
     shares = [f"{run['kl_of_shares']:.4f}" for run in runs[1:]]
-    assert set(first.split("`")[1].split()) == set(options.format("").split()) and f"| {kl[0]:.4f}, {kl[1]:.4f} | –, {shares[0]} |" in first
-    assert "kl_of_shares" not in runs[0] and f"| {shares[1]} |" in second and f"| {shares[2]} |" in third
-    assert set(second.split("`")[1].split()) == set(options.format(" --lr 0.01").split()) and f"| {kl[2]:.4f} |" in second
+    assert set(first.split("`")[1].split()) == set(options.split())
+    assert f"| {kl[0]:.4f}, {kl[1]:.4f} | –, {shares[0]} |" in first and "kl_of_shares" not in runs[0]
+    assert set(second.split("`")[1].split()) == set(f"{options} --lr 0.01 --plateau 0.5".split())
+    assert f"| {kl[2]:.4f} |" in second and f"| {shares[1]} |" in second and f"| {shares[2]} |" in third
     assert third.startswith("| swirl | ml | ")  # and the picture has no sine by ml, and no swirl by fdssm
     assert [run["kl"] for run in runs] == kl
     assert (tmp_path / "depth.png").stat().st_size > 1000
+
+    config = json.loads((tmp_path / "c" / "config.json").read_text())
+    parsed = settings.parse(settings.Toy, ["--data", "sine", "--loss", "fdssm", *second.split("`")[1].split()])
+    assert parsed.config() == config
+
+    # --add keeps what is there. A run with the same settings replaces the one that is there, whatever the order of its flags.
     picture = (tmp_path / "depth.png").read_bytes()
-    train_toy.main(["--data", "sine", "--loss", "fdssm", *tiny, "--double", "--out", str(tmp_path / "e")])
-    depth.main(["--add", *directories[1:2], str(tmp_path / "e"), "--results", str(tmp_path)])  # the first of them is there already
-    assert [run["kl"] for run in json.loads((tmp_path / "depth.json").read_text())["runs"]] == [
-        *kl[:3], read_metrics(tmp_path / "e")[-1]["test_kl"], kl[3]]  # by density and objective
-    assert f" --double` | {read_metrics(tmp_path / 'e')[-1]['test_kl']:.4f} |" in capsys.readouterr().out
+    record = json.loads((tmp_path / "depth.json").read_text())
+    record["runs"][2] |= {"flags": f"--plateau 0.5 --lr 0.01 {options}", "kl": 9.0}
+    (tmp_path / "depth.json").write_text(json.dumps(record))
+    depth.main(["--add", *directories[1:3], "--results", str(tmp_path)])
+    assert [run["kl"] for run in json.loads((tmp_path / "depth.json").read_text())["runs"]] == kl
     assert (tmp_path / "depth.png").read_bytes() == picture
-    parsed = train_toy.parse(["--data", "sine", "--loss", "fdssm", *second.split("`")[1].split()])[0][0]
-    assert all(getattr(parsed, name) == value for name, value in json.loads((tmp_path / "c" / "config.json").read_text()).items())
+
     with pytest.raises(SystemExit) as exit:
         depth.main([str(tmp_path), "--results", str(tmp_path)])
     assert "is no finished run of train_toy.py" in exit.value.code
@@ -379,8 +443,46 @@ def test_runs_of_several_settings_stand_side_by_side(tmp_path, capsys):
     assert "another version of this code" in exit.value.code
 
 
+def test_the_table_of_the_toys_is_the_mean_over_seeds_and_trains_nothing_twice(tmp_path, capsys, monkeypatch):
+    for module in toys, train_toy:
+        monkeypatch.setattr(module, "TOYS", {"sine": TOYS["sine"]})
+        monkeypatch.setattr(module, "OBJECTIVES", {loss: OBJECTIVES[loss] for loss in ("ml", "dsm")})
+    main = train_toy.main
+    monkeypatch.setattr(train_toy, "main", lambda argv: main([*argv, *TINY]))
+    monkeypatch.setattr(train_toy.plots, "toy", lambda *_: Figure())
+    flags = ["--seeds", "2", "--runs", str(tmp_path), "--results", str(tmp_path / "results")]
+    toys.main(flags)
+    rows = json.loads((tmp_path / "results" / "toys.json").read_text())["rows"]
+    assert [(row["data"], row["loss"], row["steps"], row["seeds"]) for row in rows] == [
+        ("sine", "ml", 5, 2), ("sine", "dsm", 5, 2)]
+    kl = [read_metrics(tmp_path / f"toys-{seed}" / "sine-dsm")[-1]["test_kl"] for seed in (0, 1)]
+    assert kl[0] != kl[1] and (rows[1]["kl"], rows[1]["kl_95"]) == toys.interval(kl)
+    assert toys.rows(rows)[1] in capsys.readouterr().out
+    assert (tmp_path / "results" / "toys.png").read_bytes() == (tmp_path / "toys-0" / "grid.png").read_bytes()
+    toys.main(flags)
+    assert json.loads((tmp_path / "results" / "toys.json").read_text())["rows"] == rows  # the minutes, too
+
+
+def test_the_table_of_mnist_has_what_the_runs_measured(tmp_path, capsys, monkeypatch):
+    data, main = small_data_set(tmp_path), train_mnist.main
+    monkeypatch.setattr(mnist_table, "OBJECTIVES", {loss: OBJECTIVES[loss] for loss in ("ml", "dsm")})
+    monkeypatch.setattr(train_mnist, "main", lambda argv: main([
+        *argv, "--data", str(data), "--epochs", "2", "--batch-size", "50", "--device", "cpu"]))
+    flags = ["--runs", str(tmp_path), "--results", str(tmp_path / "results")]
+    mnist_table.main(flags)
+    table = json.loads((tmp_path / "results" / "mnist-fc.json").read_text())
+    assert list(table) == ["ml", "dsm"] and (tmp_path / "results" / "mnist-fc.png").stat().st_size > 1000
+    for loss, row in table.items():
+        metrics = read_metrics(tmp_path / f"mnist-fc-{loss}")
+        assert (row["start_val_nll"], row["test_nll"]) == (metrics[0]["val_nll"], metrics[-1]["test_nll"])
+        assert row["val_nll"] == min(m["val_nll"] for m in metrics[1:]) and row["epochs"] == 2
+
+
 def test_the_kl_of_shares_is_that_of_the_masses_of_the_parts(monkeypatch):
-    """Squares of 1/8 each against 1/6 in the left half and 1/12 in the right: ½ log 9/8. The swirl against one uniform in t: ∫₀¹ 2s log 2s ds."""
+    """Squares of 1/8 each against 1/6 in the left half and 1/12 in the right: ½ log 9/8.
+
+    The swirl against one that is uniform in t: ∫₀¹ 2s log 2s ds.
+    """
     board, swirl = TOYS["checkerboard"](), TOYS["swirl"]()
     monkeypatch.setattr(board, "sample", lambda n: board.points(n, "cpu"))
 
@@ -397,3 +499,13 @@ def test_the_kl_of_shares_is_that_of_the_masses_of_the_parts(monkeypatch):
     assert shares(swirl, uniform) == pytest.approx(math.log(2) - 0.5, abs=0.01)
     assert abs(shares(swirl, swirl.sample)) < 5e-4
     assert shares(board, lambda n: 0.1 * torch.randn(n, 2)) == math.inf  # six squares without a draw
+
+
+def test_the_recorded_flags_are_flags_of_today():
+    runs = json.loads((RESULTS / "depth.json").read_text())["runs"]
+    assert len(runs) == 49
+    for run in runs:
+        s = settings.parse(settings.Toy, ["--data", run["data"], "--loss", run["loss"], *run["flags"].split()])
+        assert depth.same_settings(run | {"flags": depth.flags(s.config())}) == depth.same_settings(run)
+    for file, methods in (("rivals", rivals.METHODS), ("race-cpu", race.METHODS), ("race-cuda", race.METHODS)):
+        assert json.loads((RESULTS / f"{file}.json").read_text())["methods"] == json.loads(json.dumps(methods))

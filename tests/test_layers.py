@@ -10,7 +10,7 @@ import ebflow
 import layers
 from ebflow import EBFlow, cnn_flow, fc_flow, toy_flow
 from layers import ActNorm, Convolution, FullyConnected, Logit, SmoothLeakyReLU, Squeeze
-from train_mnist import hold
+from train_mnist import track_moments
 
 
 @pytest.mark.parametrize("dtype, accuracy", [(torch.float32, 1e-6), (torch.float64, 4e-15)])
@@ -50,12 +50,52 @@ def test_the_logit_of_the_darkest_and_the_brightest_pixel_is_finite():
             assert torch.equal(a, b)
 
 
-def test_no_layer_of_a_glow_that_is_held_moves_at_momentum_0():
+KINDS = {layers.LinearLayer: {"forward", "inverse", "log_abs_det"}, layers.NonlinearLayer: {"forward", "inverse"}}
+
+
+@pytest.mark.parametrize("kind, missing", [(kind, name) for kind, names in KINDS.items() for name in sorted(names)])
+def test_a_layer_that_lacks_a_method_of_its_kind_cannot_be_made(kind, missing):
+    methods = {name: lambda self, x: x for name in KINDS[kind]}
+    whole = type("Whole", (kind,), methods)()
+    assert whole(1) == 1 and whole.output_shape((2,)) == (2,)
+    del methods[missing]
+    with pytest.raises(TypeError, match=f"abstract class Broken .*{missing}"):
+        type("Broken", (kind,), methods)()
+
+
+def every_class(kind):
+    return {kind} | {c for child in kind.__subclasses__() for c in every_class(child)}
+
+
+def test_every_layer_has_the_methods_of_its_kind_and_only_the_bases_lack_any():
+    classes = {c for c in every_class(layers.Layer) if c.__module__ == "layers"}
+    assert {c.__name__ for c in classes if c.__abstractmethods__} == {"Layer", "LinearLayer", "NonlinearLayer", "Part"}
+    assert len(classes) == 15
+    for c in classes:
+        assert issubclass(c, (layers.LinearLayer, layers.NonlinearLayer)) != bool(c in (layers.Layer, layers.Part))
+        assert not issubclass(c, layers.LinearLayer) or not issubclass(c, layers.NonlinearLayer)
+
+
+@pytest.mark.parametrize("dim", [2, 3, 4])
+def test_the_couplings_of_a_toy_flow_change_their_second_half_and_then_their_first_in_turn(dim):
+    flow, x = toy_flow(dim, blocks=4, width=4), torch.randn(5, dim)
+    couplings = [layer for layer in flow.layers if isinstance(layer, layers.AffineCoupling)]
+    for block, coupling in enumerate(couplings):
+        torch.nn.init.normal_(coupling.network[-1].bias)
+        moved = (coupling(x)[0] != x).any(0)
+        first = torch.arange(dim) < dim - dim // 2
+        assert torch.equal(moved, first if block % 2 else ~first)
+        other = torch.where(moved, x, x + 1)  # how the one half moves depends on the other
+        assert ((coupling(other)[0] - coupling(x)[0])[:, moved] != 0).all()
+    assert len(couplings) == 4
+
+
+def test_no_layer_of_a_glow_moves_with_a_fraction_of_0():
     flow, x = ebflow.glow_flow((1, 8, 8), width=3, depth=2), 3 + 5 * torch.randn(20, 1, 8, 8)
     before = [p.clone() for p in flow.parameters()]
-    hold(flow, x, momentum=0.0)
+    track_moments(flow, x, fraction=0.0)
     assert all(torch.equal(p, q) for p, q in zip(before, flow.parameters()))
-    hold(flow, x, momentum=0.5)
+    track_moments(flow, x, fraction=0.5)
     assert not all(torch.equal(p, q) for p, q in zip(before, flow.parameters()))
 
 
@@ -93,10 +133,10 @@ def test_actnorm_starts_from_its_data():
     std, mean = torch.std_mean(layer(x), dim=(0, 2, 3))
     torch.testing.assert_close(mean, torch.zeros(4), atol=1e-5, rtol=0)
     torch.testing.assert_close(std, torch.ones(4), atol=1e-5, rtol=0)
-    layer.initialize(2 * x, momentum=0.25)  # a quarter of the way to those of 2x, whose log s is smaller by log 2
+    layer.initialize(2 * x, fraction=0.25)  # a quarter of the way to those of 2x, whose log s is smaller by log 2
     torch.testing.assert_close(layer.log_scale, -torch.std(x, dim=(0, 2, 3)).log() - 0.25 * math.log(2))
     torch.testing.assert_close(layer.bias, -(mean := x.mean((0, 2, 3))) / torch.std(x, dim=(0, 2, 3)))  # the same for 2x
-    layer.initialize(2 * x + 8, momentum=0.5)
+    layer.initialize(2 * x + 8, fraction=0.5)
     bias = -(2 * mean + 8) / (2 * torch.std(x, dim=(0, 2, 3)))
     torch.testing.assert_close(layer.bias, 0.5 * (bias - mean / torch.std(x, dim=(0, 2, 3))))
     for x in (torch.zeros(8, 4), torch.randn(1, 4)):

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 from experiments import runtime
 from experiments.speed import FlopCounter
@@ -28,19 +29,20 @@ def test_determinants_and_solves_are_counted_by_their_textbook_formulas():
         assert operations(lambda: A @ B) == 2 * n**2 * k
 
 
-@pytest.mark.parametrize("loss, products, cubes", [("ml", 5, 8 / 3), ("sml", 10, 2 / 3), ("ssm", 22, 0), ("dsm", 11, 0), ("fdssm", 15, 0)])
+@pytest.mark.parametrize("loss, products, cubes", [
+    ("ml", 5, 8 / 3), ("sml", 10, 2 / 3), ("ssm", 22, 0), ("dsm", 11, 0), ("fdssm", 15, 0)])
 def test_score_matching_counts_products_alone_and_maximum_likelihood_the_cube(loss, products, cubes):
     """Two layers: each has a factorisation (⅔D³); ml's gradient needs the inverse (2D³), sml a solve for each of its samples."""
     B, D = 8, 64
     expected = 2 * B * D**2 * products + 2 * cubes * D**3 + (4 * B * D**2 if loss == "sml" else 0)
-    assert runtime.count("fc", (1, 8, 8), loss, B) == pytest.approx(expected, rel=1e-4)
+    assert runtime.count_operations("fc", (1, 8, 8), loss, B) == pytest.approx(expected, rel=1e-4)
 
 
 def test_the_exponents_of_counted_operations_are_the_paper_s():
     """From 16×16 to 48×48×3 at the default batch: D² for score matching, close to D³ for maximum likelihood."""
     shapes = [(1, side, side) for side in (16, 24, 32, 48, 64)] + [(3, side, side) for side in (16, 24, 32, 48)]
     for loss, low, high in (("ml", 2.9, 3), ("ssm", 1.99, 2.05), ("dsm", 1.99, 2.05), ("fdssm", 1.99, 2.05)):
-        rows = [{"D": math.prod(shape), "operations": runtime.count("fc", shape, loss, 32)} for shape in shapes]
+        rows = [{"D": math.prod(shape), "operations": runtime.count_operations("fc", shape, loss, 32)} for shape in shapes]
         assert low <= runtime.slope(rows, "operations") <= high
 
 
@@ -48,24 +50,27 @@ def rows_of(path):
     return [row for size in json.loads(path.read_text())["runs"].values() for row in size]
 
 
-def test_the_experiment_runs_goes_on_and_skips_what_takes_too_long(tmp_path, capsys):
-    arguments = ["--sides", "4", "8", "12", "--channels", "1", "--batch-size", "4", "--seconds", "0.1", "--results", str(tmp_path),
-                 "--device", "cpu"]
-    runtime.main(arguments)
+def test_the_experiment_runs_goes_on_and_skips_what_takes_too_long(tmp_path, capsys, monkeypatch):
+    shared = ["--channels", "1", "--batch-size", "4", "--seconds", "0.1", "--results", str(tmp_path), "--device", "cpu"]
+    fc, cnn = ["--archs", "fc", "--sides", "4", "8", "12", *shared], ["--archs", "cnn", "--sides", "4", *shared]
+    runtime.main(fc)
+    assert "fc ms ∝ D^x, x: ml " in capsys.readouterr().out
+    runtime.main(cnn)
     path = tmp_path / "runtime-cpu.json"
     rows = rows_of(path)
-    assert len(rows) == 2 * 3 * 5 and all(row["ms"] > 0 and row["operations"] > 0 for row in rows)
+    assert len(rows) == (3 + 1) * 5 and all(row["ms"] > 0 and row["operations"] > 0 for row in rows)
     assert (tmp_path / "runtime-cpu.png").stat().st_size > 10_000
+    monkeypatch.setattr(runtime, "picture", lambda rows: Figure())
     before = path.read_text()
-    runtime.main(arguments)
+    runtime.main(fc)
     assert path.read_text() == before and runtime.table(rows)[0] in capsys.readouterr().out
-    runtime.main([*arguments[:4], "16", *arguments[4:], "--longest", "1e-9"])
+    runtime.main(["--archs", "fc", "--sides", "16", *shared, "--longest", "1e-9"])
     late = [row for row in rows_of(path) if row["side"] == 16]
-    assert len(late) == 10 and all(row["ms"] is None and row["operations"] > 0 for row in late)
+    assert len(late) == 5 and all(row["ms"] is None and row["operations"] > 0 for row in late)
     with pytest.raises(SystemExit) as exit:
-        runtime.main([*arguments, "--batch-size", "5"])
+        runtime.main([*fc, "--batch-size", "5"])
     assert "batch_size is 4 there and 5 here" in exit.value.code
     path.write_text("{")
     with pytest.raises(SystemExit) as exit:
-        runtime.main(arguments)
+        runtime.main(fc)
     assert "is damaged" in exit.value.code

@@ -11,7 +11,7 @@ import sampling
 from ebflow import EBFlow, fc_flow
 from layers import FullyConnected
 from sampling import (SamplingError, alternate, autocorrelation_time, effective_sample_size, impute, independence,
-                      langevin, log_z, mala, tune)
+                      langevin, estimate_log_z, mala, tune)
 
 
 @pytest.fixture(autouse=True)
@@ -423,7 +423,7 @@ def test_imputation_starts_at_noise_or_where_it_is_told_to():
 def test_log_z_is_a_known_normaliser_with_an_honest_standard_error():
     D, s = 4, 0.7
     energy, exact = quadratic(s), D / 2 * math.log(2 * math.pi * s**2)
-    estimates = [log_z(energy, normal_flow(0.2, 1.0, dim=D), 2000) for _ in range(200)]
+    estimates = [estimate_log_z(energy, normal_flow(0.2, 1.0, dim=D), 2000) for _ in range(200)]
     z = torch.stack([(e.log_z - exact) / e.standard_error for e in estimates])
     assert_mean(z, 0.0)
     assert abs(z.std() - 1) < 0.25  # of 200 standard normal numbers: 1 ± 0.05
@@ -432,15 +432,15 @@ def test_log_z_is_a_known_normaliser_with_an_honest_standard_error():
 
 def test_log_z_of_a_flow_from_its_own_samples_is_exact():
     flow, _, _ = linear_flow(3)
-    estimate = log_z(flow.energy, flow, 500)
+    estimate = estimate_log_z(flow.energy, flow, 500)
     torch.testing.assert_close(estimate.log_z, flow.log_z().detach())
     assert estimate.standard_error < 1e-6 and abs(estimate.effective_sample_size - 500) < 1e-6
 
 
 def test_log_z_is_flagged_where_few_draws_carry_the_weight():
-    estimate = log_z(quadratic(0.1), normal_flow(0.0, 3.0, dim=4), 2000)
+    estimate = estimate_log_z(quadratic(0.1), normal_flow(0.0, 3.0, dim=4), 2000)
     assert estimate.effective_sample_size < 100 and not estimate.reliable
-    assert not log_z(lambda x: quadratic(1.0)(x) * math.nan, normal_flow(0.0, 1.0), 2000).reliable
+    assert not estimate_log_z(lambda x: quadratic(1.0)(x) * math.nan, normal_flow(0.0, 1.0), 2000).reliable
 
 
 def test_the_effective_sample_size_is_the_square_of_the_sum_over_the_sum_of_the_squares():
@@ -549,7 +549,7 @@ def test_a_mask_that_imputation_cannot_use_is_an_error_of_one_line(mask, message
     lambda energy, x: langevin(energy, x, 2, 0.1),
     lambda energy, x: mala(energy, x, 2, 0.1),
     lambda energy, x: independence(energy, normal_flow(0.0, 1.0), x),
-    lambda energy, x: log_z(energy, normal_flow(0.0, 1.0), 5),
+    lambda energy, x: estimate_log_z(energy, normal_flow(0.0, 1.0), 5),
 ])
 def test_an_energy_with_a_trailing_dimension_is_an_error_not_a_broadcast(sample):
     with pytest.raises(SamplingError, match=r"one number for each sample, of shape \(5,\), not \(5, 1\)"):
@@ -563,7 +563,7 @@ def test_everything_runs_on_the_meta_device():
                *mala(flow.energy, x, 12, 0.1)[1][1:2], *tune(flow.energy, x, 12, 0.1),
                *independence(flow.energy, flow, x), alternate(flow.energy, flow, x, 3, 4, 0.1)[0],
                alternate(flow.energy, flow, x, 3, 4, 0.1, adjusted=False)[0], impute(flow.energy, x, mask, 3, 0.1)[0],
-               impute(flow.energy, x, mask.expand(5, 4), 3, 0.1, adjusted=True)[0], *log_z(flow.energy, flow, 5),
+               impute(flow.energy, x, mask.expand(5, 4), 3, 0.1, adjusted=True)[0], *estimate_log_z(flow.energy, flow, 5),
                autocorrelation_time(torch.randn(9, 3, device="meta"))]
     assert {result.device.type for result in results} == {"meta"}
 

@@ -1,10 +1,13 @@
 """The command `train_mnist.py`: what it writes, that a killed run resumes exactly, and how it fails."""
 
+import contextlib
 import copy
+import functools
 import io
 import itertools
 import json
 import math
+import os
 import re
 import resource
 import signal
@@ -17,17 +20,20 @@ from pathlib import Path
 import pytest
 import torch
 
-from conftest import failing
-from ebflow import EBFlow, fc_flow, logit_preprocessing
-from data import dequantize, mnist
-from layers import ActNorm, AffineCoupling, LinearLayer, Squeeze
-from training import MovingAverage, learning_rate, make_optimizer, train_step
-from run import RunError
-from run import read_metrics as rows
-from test_data import small_data_set
 import losses
-import training
-from train_mnist import DEFAULTS, LOSSES, build, evaluate, following, load, main, minibatch, minibatches, parse
+import train_mnist
+from conftest import assert_same_bits, checkpoint, failing, stop_after, timeless
+from data import dequantize, mnist
+from ebflow import EBFlow, fc_flow, glow_flow, logit_preprocessing
+from layers import ActNorm, AffineCoupling, LinearLayer
+from losses import OBJECTIVES
+from support import settings
+from support.fast import fast_products
+from support.optimization import cosine, trainable, update_average
+from support.run import PICTURES, Run, RunError
+from support.run import read_metrics as rows
+from test_data import small_data_set, write_idx
+from train_mnist import build, evaluate, load, main, make_step
 
 ROOT = Path(__file__).parent.parent
 
@@ -37,100 +43,526 @@ def data(tmp_path_factory):
     return small_data_set(tmp_path_factory.mktemp("data"))
 
 
+@pytest.fixture(scope="module")
+def images(data):
+    return mnist(data)[0]
+
+
 def arguments(data, out, *extra):
     return ["--data", str(data), "--out", str(out), "--epochs", "2", "--batch-size", "50", "--device", "cpu", *extra]
-
-
-def command(*args):
-    return [sys.executable, str(ROOT / "train_mnist.py"), *args]
 
 
 fails = failing(main)
 
 
-@pytest.mark.parametrize("loss", LOSSES)
-def test_a_run_of_every_objective_leaves_its_files_and_improves(data, tmp_path, loss, capsys):
-    main(arguments(data, tmp_path, "--loss", loss, "--epochs", "8"))
-    assert {p.name for p in tmp_path.iterdir()} == {"checkpoint.pt", "config.json", "curves.png", "metrics.jsonl",
-                                                    "samples.png"}
-    metrics = rows(tmp_path)
+def parse(*flags):
+    return settings.parse(settings.Mnist, flags)
+
+
+def start(images, *flags):
+    """What `train` makes before its first epoch.   -> settings, pre-processing, flow of z, of x, averaged, step, …"""
+    s = parse(*flags)
+    pre, flow = build(s, images)
+    model = EBFlow([*pre.layers, *flow.layers], pre.shape)
+    averaged = copy.deepcopy(model)
+    return s, pre, flow, model, averaged, *make_step(s, pre, flow, model, averaged)
+
+
+def spied(monkeypatch, loss):
+    """The list of what that objective will see: pairs of its model and its batch."""
+    seen, objective = [], OBJECTIVES[loss]
+
+    def watched(model, x, **knobs):
+        seen.append((model, x.detach().clone()))
+        return objective(model, x, **knobs)
+
+    monkeypatch.setitem(OBJECTIVES, loss, watched)
+    return seen
+
+
+# ---- What a run leaves -----------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def finished(data, tmp_path_factory):
+    """A function: objective -> directory of a run of 8 epochs, and what it printed. Each run is made once."""
+    @functools.cache
+    def run(loss):
+        out = tmp_path_factory.mktemp(loss)
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            main(arguments(data, out, "--loss", loss, "--epochs", "8"))
+        return out, printed.getvalue()
+    return run
+
+
+@pytest.mark.parametrize("loss", OBJECTIVES)
+def test_a_run_of_every_objective_leaves_its_files_and_improves(data, finished, loss):
+    out, printed = finished(loss)
+    assert {p.name for p in out.iterdir()} == {"checkpoint.pt", "config.json", "curves.png", "metrics.jsonl",
+                                               "samples.png"}
+    metrics = rows(out)
     assert [row["epoch"] for row in metrics] == list(range(9)) and metrics[-1]["step"] == 8 * 5
     assert metrics[-1]["val_nll"] < metrics[0]["val_nll"]
     last = metrics[-1]
     assert last["test_bpd"] == pytest.approx(last["test_nll"] / (16 * math.log(2)))
     best = min(metrics[1:], key=lambda row: row["val_nll"])
-    assert last["best_epoch"] == best["epoch"] and f"{best['val_nll']:.2f} nats, epoch" in capsys.readouterr().out
+    assert last["best_epoch"] == best["epoch"] and last["best_val_nll"] == best["val_nll"]
+    figures = dict(line.split(maxsplit=1) for line in printed.splitlines()[-6:])
+    assert figures["test_nll"] == f"{last['test_nll']:.4f}" and figures["best_epoch"] == str(best["epoch"])
     splits = mnist(data)
-    model = build(parse(["--loss", loss]), splits[0])[2]  # the test split is read with the weights of the best epoch
-    model.load_state_dict(torch.load(tmp_path / "checkpoint.pt", weights_only=True)["state"]["best"]["model"])
-    assert evaluate(model, splits[1].flatten(1)) == pytest.approx(best["val_nll"])
-    assert evaluate(model, splits[2].flatten(1)) == pytest.approx(last["test_nll"])
-    assert json.loads((tmp_path / "config.json").read_text())["loss"] == loss
+    model = load(out, splits[0])[-1]  # the test split is read with the weights of the best epoch
+    assert evaluate("val", model, splits[1])["val_nll"] == pytest.approx(best["val_nll"])
+    assert evaluate("test", model, splits[2])["test_nll"] == pytest.approx(last["test_nll"])
+    assert json.loads((out / "config.json").read_text())["loss"] == loss
 
 
-@pytest.mark.parametrize("arch, loss", [(arch, loss) for arch in ("cnn", "glow") for loss in LOSSES])
+@pytest.mark.parametrize("loss", OBJECTIVES)
+@pytest.mark.parametrize("arch", ["cnn", "glow"])
 def test_a_run_of_every_other_architecture_and_objective_leaves_its_files_and_improves(data, tmp_path, arch, loss):
-    small = ["--width", "4", "--depth", "2", "--normalize", "center"] if arch == "glow" else ["--normalize", "black"]  # whitened, there is little to improve
-    main(arguments(data, tmp_path, "--arch", arch, "--loss", loss, "--epochs", "4", "--lr", "1e-3", *small))
+    small = ["--width", "4", "--depth", "2"] if arch == "glow" else []
+    flags = ["--epochs", "4", "--lr", "1e-3", "--normalize", "center", *small]  # whitened, there is little to improve
+    main(arguments(data, tmp_path, "--arch", arch, "--loss", loss, *flags))
     metrics = rows(tmp_path)
     assert len(metrics) == 5 and (tmp_path / "samples.png").exists()
     assert min(row["val_nll"] for row in metrics[1:]) < metrics[0]["val_nll"]
-    _, pre, flow, image_model = load(tmp_path, mnist(data)[0])  # what the experiments start from
-    assert evaluate(image_model, mnist(data)[2]) == pytest.approx(metrics[-1]["test_nll"])
-    assert torch.equal(flow(pre(torch.full((1, 1, 4, 4), 9.0))), image_model(torch.full((1, 1, 4, 4), 9.0)))
+    splits = mnist(data)
+    s, pre, flow, model = load(tmp_path, splits[0])  # what the experiments start from
+    assert (s.arch, s.loss, s.lr) == (arch, loss, 1e-3)
+    assert evaluate("test", model, splits[2])["test_nll"] == pytest.approx(metrics[-1]["test_nll"])
+    x = torch.full((1, 1, 4, 4), 9.0)
+    assert torch.equal(flow(pre(x)), model(x))
 
 
-def test_an_image_that_does_not_squeeze_is_one_line(tmp_path, capsys):
-    small_data_set(tmp_path, size=6)
-    assert "--arch cnn cannot take images of 6×6: cannot squeeze" in fails(capsys, *arguments(tmp_path, tmp_path / "run", "--arch", "cnn"))
+@pytest.fixture(scope="module")
+def plain(data, tmp_path_factory):
+    out = tmp_path_factory.mktemp("plain")
+    main(arguments(data, out, "--lr", "1e-3"))
+    return rows(out)[-1]["test_nll"]
 
 
 @pytest.mark.parametrize("flags", [["--no-map"], ["--no-ema"], ["--paper"], ["--normalize", "none"],
-                                   ["--normalize", "whiten"], ["--clip", "1"],
-                                   ["--seed", "3"]])
-def test_every_switch_runs_and_changes_the_result(data, tmp_path, flags):
-    main(arguments(data, tmp_path / "a", "--lr", "1e-3"))
-    main(arguments(data, tmp_path / "b", "--lr", "1e-3", *flags))
-    assert rows(tmp_path / "a")[-1]["test_nll"] != rows(tmp_path / "b")[-1]["test_nll"]
+                                   ["--normalize", "whiten"], ["--normalize", "scale"], ["--clip", "1"],
+                                   ["--seed", "3"]], ids=str)
+def test_every_switch_runs_and_changes_the_result(data, plain, tmp_path, no_pictures, flags):
+    main(arguments(data, tmp_path, "--lr", "1e-3", *flags))
+    assert rows(tmp_path)[-1]["test_nll"] != plain
 
+
+@pytest.mark.parametrize("flags", [[], ["--no-ema"]], ids=str)
+def test_the_weights_of_the_best_epoch_are_a_copy_that_later_steps_leave_alone(data, tmp_path, no_pictures, monkeypatch,
+                                                                               flags):
+    states = []
+
+    def worse_and_worse(split, model, images):
+        states.append(copy.deepcopy(model.state_dict()))
+        return {f"{split}_nll": float(len(states)), f"{split}_bpd": 0.0}
+
+    monkeypatch.setattr(train_mnist, "evaluate", worse_and_worse)
+    main(arguments(data, tmp_path, "--epochs", "3", "--lr", "1e-2", *flags))
+    assert len(states) == 5 and rows(tmp_path)[-1]["best_epoch"] == 1 and rows(tmp_path)[-1]["test_nll"] == 5.0
+    _, first, second, _, tested = states
+    assert not torch.equal(first["layers.3.weight"], second["layers.3.weight"])
+    assert all(torch.equal(first[name], tested[name]) for name in first)
+    best = checkpoint(tmp_path)["state"]["best"]["model"]
+    assert all(torch.equal(first[name], best[name]) for name in first)
+
+
+# ---- Killed and resumed ----------------------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
 def undisturbed(data, tmp_path_factory):
     out = tmp_path_factory.mktemp("undisturbed")
-    main(arguments(data, out, "--epochs", "40"))
+    main(arguments(data, out, "--epochs", "12"))
     return out
 
 
-@pytest.mark.parametrize("moment", ["before the first checkpoint", "after 1 epoch", "after 20 epochs", "while it writes"])
-def test_a_run_that_is_killed_and_resumed_ends_exactly_like_an_undisturbed_one(data, undisturbed, tmp_path, moment):
-    def reached():
-        if moment == "before the first checkpoint":
-            return (tmp_path / "config.json").exists()
-        if moment == "while it writes":
-            return (tmp_path / "metrics.jsonl").exists() and (tmp_path / ".checkpoint.pt.part").exists()
-        epochs = int(moment.split()[1])
-        return (tmp_path / "metrics.jsonl").exists() and len(rows(tmp_path)) > epochs
+KILL = """
+import os, signal, sys
+import train_mnist
+calls = iter(range(1, 10**6))
+module, name, moment = {"in the middle of an epoch": (train_mnist, "update_average", 33),
+                        "while it writes": (os, "replace", 10)}[sys.argv[1]]
+function = getattr(module, name)
+def killing(*arguments):
+    if next(calls) == moment:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return function(*arguments)
+setattr(module, name, killing)
+train_mnist.main(sys.argv[2:])
+"""
 
-    process = subprocess.Popen(command(*arguments(data, tmp_path, "--epochs", "40")), stderr=subprocess.DEVNULL,
-                               stdout=subprocess.DEVNULL)
-    while not reached():
-        assert process.poll() is None, "the run ended before it could be killed"
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    done = len(rows(tmp_path)) - 1 if (tmp_path / "metrics.jsonl").exists() else 0
-    assert done < 40
-    main(arguments(data, tmp_path, "--epochs", "40", "--resume"))
 
-    whole, killed = (torch.load(out / "checkpoint.pt", weights_only=True) for out in (undisturbed, tmp_path))
-    compared = []
-    torch.utils._pytree.tree_map(lambda a, b: compared.append(torch.equal(a, b) if torch.is_tensor(a) else a == b),
-                                 whole["state"], killed["state"])
-    assert len(compared) > 30 and all(compared)
-    timing = ("seconds", "batches_per_second")
-    for a, b in zip(rows(undisturbed), rows(tmp_path), strict=True):
-        assert {k: v for k, v in a.items() if k not in timing} == {k: v for k, v in b.items() if k not in timing}
-    assert not list(tmp_path.glob(".*"))
+@pytest.mark.parametrize("moment, epochs", [("before the first checkpoint", -1), ("after the start", 0),
+                                            ("after 1 epoch", 1), ("in the middle of an epoch", 6),
+                                            ("while it writes", 3), ("between its checkpoint and its metrics", 4),
+                                            ("before the pictures", 12)])
+def test_a_run_that_is_killed_and_resumed_ends_exactly_like_an_undisturbed_one(data, undisturbed, tmp_path, monkeypatch,
+                                                                               moment, epochs):
+    run = arguments(data, tmp_path, "--epochs", "12")
+    if moment in ("in the middle of an epoch", "while it writes"):
+        killed = subprocess.run([sys.executable, "-c", KILL, moment, *run], cwd=ROOT, capture_output=True, text=True)
+        assert killed.returncode == -signal.SIGKILL, killed.stderr
+        assert (tmp_path / ".checkpoint.pt.part").exists() == (moment == "while it writes")
+    else:
+        with monkeypatch.context() as patched:
+            if moment == "before the first checkpoint":
+                patched.setattr(train_mnist, "evaluate", interrupted_at(1, evaluate))
+            elif moment == "between its checkpoint and its metrics":
+                patched.setattr(os, "fsync", interrupted_at(11, os.fsync))
+            elif moment == "before the pictures":
+                patched.setattr(Run, "finish", interrupted_at(1, Run.finish))
+            else:
+                stop_after(patched, epochs + 1)
+            with pytest.raises(SystemExit):
+                main(run)
+    assert (tmp_path / "config.json").exists() and (tmp_path / "checkpoint.pt").exists() == (epochs >= 0)
+    assert epochs < 0 or checkpoint(tmp_path)["state"]["epoch"] == epochs
+    main([*run, "--resume"])
+    assert_same_bits(checkpoint(undisturbed)["state"], checkpoint(tmp_path)["state"])
+    assert timeless(rows(undisturbed)) == timeless(rows(tmp_path))
+    assert {p.name for p in tmp_path.iterdir()} == {p.name for p in undisturbed.iterdir()}
+    assert (tmp_path / "samples.png").read_bytes() == (undisturbed / "samples.png").read_bytes()
 
+
+def interrupted_at(call, function):
+    """The function, with Ctrl-C in place of that call."""
+    calls = itertools.count(1)
+
+    def interrupted(*arguments):
+        if next(calls) == call:
+            raise KeyboardInterrupt
+        return function(*arguments)
+    return interrupted
+
+
+def test_the_time_of_a_resumed_run_goes_on_from_its_checkpoint(data, tmp_path, no_pictures, monkeypatch):
+    with monkeypatch.context() as patched:
+        stop_after(patched, 2)
+        with pytest.raises(SystemExit):
+            main(arguments(data, tmp_path))
+    seconds = [row["seconds"] for row in rows(tmp_path)]
+    assert 0 < seconds[0] < seconds[1] and rows(tmp_path)[1]["batches_per_second"] > 5 / seconds[1]
+    stopped = checkpoint(tmp_path)
+    stopped["metrics"][-1]["seconds"] = 1000.0
+    torch.save(stopped, tmp_path / "checkpoint.pt")
+    main(arguments(data, tmp_path, "--resume"))
+    assert 1000 < rows(tmp_path)[-1]["seconds"] < 1100
+
+
+def test_a_glow_with_its_last_actnorm_at_the_moments_resumes_exactly(data, tmp_path, no_pictures, monkeypatch):
+    flags = ["--arch", "glow", "--width", "4", "--depth", "2", "--epochs", "4", "--actnorm", "moments"]
+    main(arguments(data, tmp_path / "whole", *flags))
+    with monkeypatch.context() as patched:
+        stop_after(patched, 3)
+        with pytest.raises(SystemExit):
+            main(arguments(data, tmp_path / "stopped", *flags))
+    main(arguments(data, tmp_path / "stopped", *flags, "--resume"))
+    assert_same_bits(*(checkpoint(tmp_path / name)["state"] for name in ("whole", "stopped")))
+    assert timeless(rows(tmp_path / "whole")) == timeless(rows(tmp_path / "stopped"))
+
+
+def test_training_never_writes_over_a_run_by_accident(data, tmp_path, no_pictures, capsys):
+    main(arguments(data, tmp_path))
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    assert "--resume" in fails(capsys, *arguments(data, tmp_path))
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+    main(arguments(data, tmp_path, "--overwrite", "--epochs", "1"))
+    assert len(rows(tmp_path)) == 2
+
+
+def test_overwrite_removes_everything_of_the_old_run_before_the_new_one_starts(data, tmp_path, no_pictures, capsys,
+                                                                               monkeypatch):
+    main(arguments(data, tmp_path))
+    for name in PICTURES:
+        (tmp_path / name).write_bytes(b"old")
+    monkeypatch.setattr(train_mnist, "evaluate", interrupted_at(1, evaluate))
+    with pytest.raises(SystemExit):
+        main(arguments(data, tmp_path, "--overwrite", "--seed", "1"))
+    assert [p.name for p in tmp_path.iterdir()] == ["config.json"]
+    assert json.loads((tmp_path / "config.json").read_text())["seed"] == 1
+
+
+def test_a_checkpoint_of_other_settings_or_other_data_is_refused(data, finished, tmp_path, capsys):
+    out, _ = finished("dsm")
+    line = fails(capsys, *arguments(data, out, "--epochs", "8", "--resume", "--lr", "0.5"))
+    assert "lr is 0.0001 there" in line and "0.5 here" in line
+    small_data_set(tmp_path, n=330)
+    assert "sha256" in fails(capsys, *arguments(tmp_path, out, "--epochs", "8", "--resume"))
+
+
+def one_byte_changed(checkpoint):
+    """In the middle of its largest tensor: those between the tensors mean nothing."""
+    with zipfile.ZipFile(io.BytesIO(checkpoint)) as archive:
+        tensor = archive.read(max(archive.infolist(), key=lambda record: record.file_size))
+    i = checkpoint.index(tensor) + len(tensor) // 2
+    return checkpoint[:i] + bytes([checkpoint[i] ^ 255]) + checkpoint[i + 1:]
+
+
+@pytest.mark.parametrize("damage", [lambda b: b[:-100], lambda b: b"", lambda b: b"not a checkpoint", one_byte_changed])
+def test_a_damaged_checkpoint_is_refused(data, finished, tmp_path, capsys, damage):
+    (tmp_path / "checkpoint.pt").write_bytes(damage((finished("dsm")[0] / "checkpoint.pt").read_bytes()))
+    assert "checkpoint.pt is damaged" in fails(capsys, *arguments(data, tmp_path, "--resume"))
+
+
+class Code:
+    """An object whose pickle runs a command where it is read."""
+
+    def __init__(self, directory):
+        self.directory = directory
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.directory),)
+
+
+def test_a_checkpoint_with_code_is_refused_and_the_code_does_not_run(data, finished, tmp_path, capsys):
+    torch.save(checkpoint(finished("dsm")[0]) | {"more": Code(tmp_path / "ran")}, tmp_path / "checkpoint.pt")
+    assert "checkpoint.pt is damaged (UnpicklingError)" in fails(capsys, *arguments(data, tmp_path, "--resume"))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_checkpoint_of_another_version_is_one_line(data, finished, tmp_path, capsys):
+    old = checkpoint(finished("dsm")[0])
+    del old["state"]["averaged"]
+    torch.save(old, tmp_path / "checkpoint.pt")
+    line = fails(capsys, *arguments(data, tmp_path, "--epochs", "8", "--resume"))
+    assert "of another version of this code: start anew with --overwrite" in line
+
+
+def test_lack_of_memory_is_no_other_version(data, finished, capsys, monkeypatch):
+    def full(self, state):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(EBFlow, "load_state_dict", full)
+    line = fails(capsys, *arguments(data, finished("dsm")[0], "--epochs", "8", "--resume"))
+    assert line.startswith("error: not enough memory")
+
+
+def test_resuming_nothing_is_an_error(data, tmp_path, capsys):
+    assert "nothing to resume" in fails(capsys, *arguments(data, tmp_path / "none", "--resume"))
+
+
+def test_a_full_disk_is_one_line_and_leaves_the_last_checkpoint_whole(data, tmp_path, capsys, monkeypatch):
+    with monkeypatch.context() as patched:
+        stop_after(patched, 2)
+        with pytest.raises(SystemExit):
+            main(arguments(data, tmp_path))
+    before, limits = (tmp_path / "checkpoint.pt").read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limits[1]))
+    try:
+        line = fails(capsys, *arguments(data, tmp_path, "--resume"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert line.startswith("error: cannot write")
+    assert (tmp_path / "checkpoint.pt").read_bytes() == before and not (tmp_path / ".checkpoint.pt.part").exists()
+
+
+def test_control_c_is_one_line_and_the_run_can_go_on(data, tmp_path):
+    command = [sys.executable, str(ROOT / "train_mnist.py"), *arguments(data, tmp_path, "--epochs", "100000")]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    while not (tmp_path / "checkpoint.pt").exists():
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    error = process.communicate()[1]
+    assert process.returncode == 130 and "Traceback" not in error and "--resume" in error.splitlines()[-1]
+
+
+def test_training_on_mnist_stays_under_one_and_a_half_gibibytes(tmp_path):
+    args = ["--epochs", "1", "--batch-size", "2500", "--out", str(tmp_path), "--device", "cpu"]
+    # VmHWM, not ru_maxrss: that one a child takes over from its parent, which holds what the other tests left.
+    code = "import train_mnist, sys; train_mnist.main(sys.argv[1:]); print(open('/proc/self/status').read())"
+    result = subprocess.run([sys.executable, "-c", code, *args], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert int(re.search(r"VmHWM:\s*(\d+) kB", result.stdout).group(1)) < 1.5 * 2**20
+
+
+# ---- A training step -------------------------------------------------------------------------------------------------
+
+BY_HAND = {
+    "ml": lambda flow, z, s: -flow.log_prob(z).mean(),
+    "sml": lambda flow, z, s: flow.energy(z).mean() - flow.energy(flow.sample(s.model_samples)).mean(),
+    "ssm": lambda flow, z, s: losses.ssm(flow.energy, z),
+    "dsm": lambda flow, z, s: losses.dsm(flow.energy, z, s.sigma),
+    "fdssm": lambda flow, z, s: losses.fdssm(flow.energy, z, s.xi),
+}
+
+
+@pytest.mark.parametrize("flags", [
+    *(["--loss", loss, "--bias", "0.1"] for loss in OBJECTIVES), ["--loss", "ssm", "--sigma", "2"],
+    ["--loss", "fdssm", "--sigma", "2"], ["--loss", "dsm", "--clip", "0.1"], ["--loss", "ssm", "--weight-decay", "0.1"],
+    ["--loss", "ssm", "--optimizer", "rmsprop"], ["--loss", "ml", "--no-map"], ["--loss", "dsm", "--paper"]], ids=str)
+def test_a_step_is_one_of_torch_s_optimisers_down_the_clipped_gradient_and_the_average_follows(float64, images, flags):
+    s, pre, flow, model, averaged, step, optimizer = start(images, *flags, "--lr", "1e-2")
+    theirs, average = copy.deepcopy(model), copy.deepcopy(model)
+    matched = EBFlow(theirs.layers[len(pre.layers):], pre.shape) if s.map else theirs
+    kind = torch.optim.RMSprop if s.optimizer == "rmsprop" else torch.optim.Adam
+    expected = kind(trainable(theirs), lr=1e-2, weight_decay=s.weight_decay)
+    for n in range(4):
+        torch.manual_seed(n)
+        figures = step(images[:50], n)
+
+        torch.manual_seed(n)
+        z = dequantize(images[:50]).view(50, 16)
+        z = pre(z) if s.map else z
+        if s.loss in ("ssm", "fdssm"):
+            z = z + s.sigma * torch.randn_like(z) if s.sigma else z
+        expected.zero_grad()
+        loss = BY_HAND[s.loss](matched, z, s)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(trainable(theirs), s.clip or torch.inf)
+        assert figures.keys() == {"loss", "grad_norm"}
+        torch.testing.assert_close([figures["loss"], figures["grad_norm"]], [loss.detach(), norm])
+        if s.clip:
+            clipped = torch.cat([p.grad.flatten() for p in trainable(model)]).norm()
+            assert clipped.item() == pytest.approx(s.clip, rel=1e-4) and norm > s.clip
+        expected.step()
+        m = (1 + n) / (10 + n) if n else 0.0
+        with torch.no_grad():
+            for a, p in zip(trainable(average), trainable(theirs)):
+                a.copy_(m * a + (1 - m) * p)
+    torch.testing.assert_close(dict(model.named_parameters()), dict(theirs.named_parameters()))
+    torch.testing.assert_close(dict(averaged.named_parameters()), dict(average.named_parameters()))
+
+
+@pytest.mark.parametrize("loss", OBJECTIVES)
+def test_every_parameter_that_is_trained_gets_a_gradient_and_no_other_does(images, loss):
+    for arch in ("fc", "cnn", "glow"):
+        small = ["--width", "4", "--depth", "1"] if arch == "glow" else []
+        _, _, flow, model, _, step, _ = start(images, "--arch", arch, "--loss", loss, *small)
+        step(images[:20], 0)
+        assert all((p.grad is not None) == p.requires_grad for p in model.parameters())
+        assert len(trainable(model)) == len(trainable(flow)) > 3
+
+
+@pytest.mark.parametrize("flag, first, low, high", [("--map", "FullyConnected", -20, 20),
+                                                    ("--no-map", "Standardize", 0, 256)])
+def test_the_objective_sees_the_flow_of_z_after_pre_processing_and_without_map_that_of_x(
+        data, tmp_path, no_pictures, monkeypatch, flag, first, low, high):
+    seen = spied(monkeypatch, "dsm")
+    main(arguments(data, tmp_path, "--epochs", "1", flag))
+    model, x = seen[0]
+    assert type(model.layers[0]).__name__ == first and len(model.layers) == (3 if flag == "--map" else 6)
+    assert low <= x.min() and x.max() <= high and (x.max() > 100) == (flag == "--no-map")
+
+
+@pytest.fixture(scope="module")
+def shades(tmp_path_factory):
+    """A data set whose training images are told apart by their shade."""
+    directory = tmp_path_factory.mktemp("shades")
+    for name, count in (("train", 300), ("t10k", 40)):
+        shade = (torch.arange(count) % 256).to(torch.uint8)[:, None, None]
+        write_idx(directory / f"{name}-images-idx3-ubyte.gz", shade.expand(count, 4, 4))
+    return directory
+
+
+@pytest.fixture
+def batches(shades, tmp_path, no_pictures, monkeypatch):
+    """A function: seed -> the batches of a run of two epochs, as the objective sees them."""
+    def run(seed):
+        with monkeypatch.context() as patched:
+            seen = spied(patched, "ssm")
+            main(arguments(shades, tmp_path / str(seed), "--loss", "ssm", "--no-map", "--normalize", "none",
+                           "--batch-size", "60", "--seed", str(seed), "--overwrite"))
+        return [x for _, x in seen]
+    return run
+
+
+def test_an_epoch_sees_every_image_once_but_those_that_do_not_fill_a_batch(batches):
+    seen = [x[:, 0].floor().int() for x in batches(0)]
+    assert [len(batch) for batch in seen] == [60] * 8
+    for epoch in (seen[:4], seen[4:]):
+        assert len(set(torch.cat(epoch).tolist())) == 240 and max(torch.cat(epoch)) < 250
+        assert not torch.equal(epoch[0], epoch[0].sort().values)
+
+
+def test_every_epoch_and_every_seed_has_its_own_order_and_noise_and_the_same_seed_the_same(batches):
+    first, again, other = batches(0), batches(0), batches(1)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    for a, b in zip(first, [*first[4:], *other], strict=False):  # its two epochs
+        assert not torch.equal(a.floor(), b.floor()) and not torch.equal(a.frac(), b.frac())
+    for a, b in zip(first, other, strict=True):
+        assert not torch.equal(a.floor(), b.floor()) and not torch.equal(a.frac(), b.frac())
+
+
+def test_the_sliced_objectives_see_their_points_under_noise(images, monkeypatch):
+    for loss, sigma in itertools.product(("ssm", "fdssm"), (0, 2)):
+        with monkeypatch.context() as patched:
+            seen = spied(patched, loss)
+            _, pre, *_, step, _ = start(images, "--loss", loss, "--normalize", "center", "--sigma", str(sigma))
+            step(images, 1)
+        z = pre(dequantize(images).flatten(1))
+        assert (seen[0][1].var() - z.var() - sigma**2).abs() < 0.3
+
+
+@pytest.mark.parametrize("loss, amx, inside", [
+    ("dsm", True, ["tf32", "tf32", "bf16"]), ("fdssm", True, ["ieee", "ieee", "ieee"]),
+    ("fdssm", False, ["ieee", "ieee", "bf16"])])
+def test_fast_products_are_for_training_only_and_short_ones_not_for_fdssm(monkeypatch, images, loss, amx, inside):
+    """TF32 on a GPU and bfloat16 on a CPU inside; what was there before outside, after an error, too."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": amx})
+    products = torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.mkldnn.matmul
+    before = [kind.fp32_precision for kind in products]
+    with pytest.raises(KeyError), fast_products(loss):
+        assert [kind.fp32_precision for kind in products] == inside != before
+        raise KeyError
+    assert [kind.fp32_precision for kind in products] == before
+
+    def objective(model, x, **knobs):
+        assert [kind.fp32_precision for kind in products] == inside
+        return model.energy(x).mean()
+
+    monkeypatch.setitem(OBJECTIVES, loss, objective)
+    *_, step, _ = start(images, "--loss", loss)
+    step(images[:20], 1)
+    assert [kind.fp32_precision for kind in products] == before
+
+
+def test_the_moving_average_is_the_recursion_of_the_paper_after_its_first_steps():
+    model, average = torch.nn.Linear(2, 1), torch.nn.Linear(2, 1)
+    expected = None
+    for n in range(200):
+        with torch.no_grad():
+            model.weight.copy_(torch.randn(1, 2))
+        update_average(list(average.parameters()), list(model.parameters()), n, m=0.9)
+        m = min(0.9, (1 + n) / (10 + n)) if n else 0.0
+        expected = model.weight.detach().clone() if n == 0 else m * expected + (1 - m) * model.weight.detach()
+    torch.testing.assert_close(average.weight.detach(), expected)
+    before = [p.detach().clone() for p in average.parameters()]
+    update_average(list(average.parameters()), list(model.parameters()), 10**6)
+    for a, b, p in zip(average.parameters(), before, model.parameters()):
+        torch.testing.assert_close(a.detach(), 0.999 * b + 0.001 * p.detach())
+
+
+def test_the_schedules():
+    half = lambda t: 0.5 * (1 + math.cos(math.pi * t))  # noqa: E731
+    found = [cosine(t) for t in (0, 0.025, 0.05, 0.5, 0.75, 1)]
+    assert found == pytest.approx([0, 0.5 * half(0.025), half(0.05), 0.5, half(0.75), 0])
+    found = [cosine(t, plateau=0.6) for t in (0.025, 0.05, 0.3, 0.6, 0.8, 1)]
+    assert found == pytest.approx([0.5, 1, 1, 1, 0.5, 0])
+
+
+@pytest.mark.parametrize("flags, epochs, expected", [
+    ([], 4, lambda step, epoch: 0.1 * cosine(step / 20)),
+    (["--paper"], 55, lambda step, epoch: 0.1 * 0.95 ** min(epoch - 1, 49)),
+    (["--paper", "--arch", "cnn", "--loss", "sml"], 3, lambda step, epoch: 0.1 * 0.925 ** (epoch - 1))])
+def test_the_learning_rate_moves_at_every_step_and_in_the_paper_after_every_epoch(data, tmp_path, no_pictures,
+                                                                                  monkeypatch, flags, epochs, expected):
+    rates = []
+
+    def make_step(s, pre, flow, model, averaged):
+        optimizer = torch.optim.SGD(model.parameters(), lr=123.0)
+
+        def step(images, n):
+            assert n == len(rates)
+            rates.append(optimizer.param_groups[0]["lr"])
+            return {"loss": torch.zeros(())}
+        return step, optimizer
+
+    monkeypatch.setattr(train_mnist, "make_step", make_step)
+    monkeypatch.setattr(train_mnist, "evaluate", lambda split, *rest: {f"{split}_nll": 0.0, f"{split}_bpd": 0.0})
+    main(arguments(data, tmp_path, "--lr", "0.1", *flags, "--epochs", str(epochs)))
+    assert rates == pytest.approx([expected(n, 1 + n // 5) for n in range(5 * epochs)])
+
+
+# ---- The model -------------------------------------------------------------------------------------------------------
 
 def test_the_nll_is_that_of_the_image_by_the_brute_force_jacobian(float64):
     flow = EBFlow([*logit_preprocessing((4,), 0.5).layers, *fc_flow(4).layers], (4,))
@@ -140,53 +572,88 @@ def test_the_nll_is_that_of_the_image_by_the_brute_force_jacobian(float64):
     u = flow(x)
     jacobian = torch.stack([torch.func.jacrev(flow)(sample[None]).view(4, 4) for sample in x])
     nll = -(torch.distributions.Normal(0, 1).log_prob(u).sum(1) + torch.linalg.slogdet(jacobian).logabsdet).mean()
-    assert evaluate(flow, images) == pytest.approx(nll.item(), rel=1e-12)
+    found = evaluate("test", flow, images)
+    assert found == {"test_nll": pytest.approx(nll.item(), rel=1e-12),
+                     "test_bpd": pytest.approx(nll.item() / (4 * math.log(2)), rel=1e-12)}
+
+
+def test_the_nll_is_a_mean_over_all_images_with_the_same_noise_at_every_call(images):
+    flow = EBFlow([*logit_preprocessing((16,), 0.5).layers, *fc_flow(16).layers], (16,))
+    many = torch.cat([images, 255 - images, *9 * [images]])  # 2750: three batches, the last one smaller
+    torch.manual_seed(0)
+    x = torch.cat([dequantize(batch) for batch in many.split(1000)]).flatten(1)
+    torch.manual_seed(7)
+    found = evaluate("val", flow, many)["val_nll"]
+    assert found == evaluate("val", flow, many)["val_nll"] == pytest.approx(-flow.log_prob(x).mean().item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("arch", ["fc", "cnn", "glow"])
-def test_the_preprocessing_whitens_and_is_no_part_of_what_is_trained(data, arch):
-    images = mnist(data)[0]
-    args = parse(["--arch", arch, "--loss", "fdssm", "--normalize", "whiten"])
-    pre, flow, image_model = build(args, images)
+def test_the_preprocessing_whitens_and_is_no_part_of_what_is_trained(images, arch):
+    _, pre, flow, model, *_ = start(images, "--arch", arch, "--loss", "fdssm", "--normalize", "whiten")
     x = dequantize(images).view(len(images), *flow.shape)
     z = pre(x).flatten(1)
     assert z.mean(0).abs().max() < 0.1 and (torch.cov(z.T) - torch.eye(16)).abs().max() < 0.1
-    trained = sum(p.numel() for p in image_model.parameters() if p.requires_grad)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert trained == sum(p.numel() for p in flow.parameters() if p.requires_grad)
     assert arch != "fc" or trained == 2 * 16 * 17
     torch.testing.assert_close(pre.inverse(pre(x)), x, rtol=1e-3, atol=0.1)
 
 
-def test_centred_pixels_have_mean_0(data):
-    images = mnist(data)[0]
-    pre = build(parse(["--loss", "ml"]), images)[0]
-    assert pre(dequantize(images.flatten(1))).mean(0).abs().max() < 0.5
+@pytest.mark.parametrize("arch", ["fc", "cnn"])
+@pytest.mark.parametrize("s", [0.5, 1.0, 2.0])
+def test_the_moments_are_those_of_all_training_images_in_units_of_s(arch, s):
+    """Three thousand images, each thousand of another shade; tested with other noise than the moments were measured."""
+    thousands = [torch.randint(low, low + 50, (1000, 1, 4, 4)).to(torch.uint8) for low in (1, 100, 200)]
+    images = torch.cat(thousands)
+    z, shape = {}, (16,) if arch == "fc" else (1, 4, 4)
+    for normalize in ("none", "center", "scale", "whiten"):
+        pre, _ = build(parse("--arch", arch, "--loss", "ml", "--s", str(s), "--normalize", normalize), images)
+        torch.manual_seed(7)
+        z[normalize] = pre(dequantize(images).view(3000, *shape)).flatten(1)
+    torch.manual_seed(7)
+    logits = torch.logit(dequantize(images).flatten(1) / 256)
+    torch.testing.assert_close(z["none"], logits / s, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(z["center"], (logits - logits.mean(0)) / s, rtol=1e-3, atol=0.01 / s)
+    torch.testing.assert_close(z["scale"], (logits - logits.mean(0)) / logits.std(0), rtol=1e-2, atol=0.01)
+    assert z["whiten"].mean(0).abs().max() < 0.05
+    assert (torch.cov(z["whiten"].T) - torch.eye(16)).abs().max() < 0.05
 
 
-def test_an_epoch_sees_every_image_once_but_those_that_do_not_fill_a_batch():
-    images = torch.arange(250, dtype=torch.uint8)[:, None].expand(250, 16)  # told apart by their shade
-    args = parse(["--loss", "ssm", "--no-map", "--batch-size", "60"])
-    batches = [batch[:, 0].floor().int() for batch in minibatches(args, None, images)]
-    assert [len(batch) for batch in batches] == [60] * 4
-    assert len(set(torch.cat(batches).tolist())) == 240 and not torch.equal(batches[0], batches[0].sort().values)
+def test_centred_pixels_have_mean_0(images):
+    pre, _ = build(parse("--loss", "ml"), images)
+    assert pre(dequantize(images.flatten(1))).mean(0).abs().max() < 0.05
 
 
-def test_the_sliced_objectives_see_their_points_under_noise(data):
-    images = mnist(data)[0]
-    seen = []
-    for noise in ("0", "2"):
-        args = parse(["--loss", "ssm", "--normalize", "center", "--noise", noise])
-        seen.append(minibatch(args, build(args, images)[0], images.flatten(1)))
-    assert (seen[1].var() - seen[0].var() - 4).abs() < 0.3
-
-
-def test_scaled_pixels_have_mean_0_and_variance_1(data):
-    images = mnist(data)[0]
-    pre, _, _ = build(parse(["--arch", "cnn", "--normalize", "scale"]), images)
+def test_scaled_pixels_have_mean_0_and_variance_1(images):
+    pre, _ = build(parse("--arch", "cnn", "--normalize", "scale"), images)
     z = pre(dequantize(images))
     assert z.mean(0).abs().max() < 0.05 and (z.std(0) - 1).abs().max() < 0.05
-    black = build(parse(["--arch", "cnn", "--normalize", "black"]), images)[0](dequantize(torch.zeros(2000, 1, 4, 4)))
-    assert black.mean().abs() < 0.05 and (black.std() - 1).abs() < 0.05  # log of a uniform number
+
+
+def test_a_singular_covariance_is_one_line_with_whitening_and_nothing_without(tmp_path, no_pictures, capsys):
+    data = small_data_set(tmp_path, n=18)  # 15 training images of 16 pixels
+    flags = arguments(data, tmp_path / "run", "--batch-size", "5", "--epochs", "1")
+    line = fails(capsys, *flags, "--normalize", "whiten")
+    assert "15 images have a singular covariance and cannot be whitened" in line and "--normalize center" in line
+    main([*flags, "--normalize", "scale"])
+
+
+def test_an_image_that_does_not_squeeze_is_one_line(tmp_path, capsys):
+    small_data_set(tmp_path, size=6)
+    line = fails(capsys, *arguments(tmp_path, tmp_path / "run", "--arch", "cnn"))
+    assert "--arch cnn cannot take images of 6×6: cannot squeeze" in line
+
+
+def test_images_without_pixels_are_one_line(tmp_path, capsys):
+    for name in ("train", "t10k"):
+        write_idx(tmp_path / f"{name}-images-idx3-ubyte.gz", torch.zeros(30, 0, 4, dtype=torch.uint8))
+    line = fails(capsys, *arguments(tmp_path, tmp_path / "run"))
+    assert "train-images-idx3-ubyte.gz holds images without pixels: their shape is (0, 4)" in line
+
+
+# ---- Actnorms --------------------------------------------------------------------------------------------------------
+
+GLOW = ["--arch", "glow", "--width", "4", "--depth", "2"]
 
 
 def actnorm_outputs(flow, x):
@@ -204,93 +671,80 @@ def off(outputs):
     return max(max(y.mean(1).abs().max().item(), (y.std(1) - 1).abs().max().item()) for y in outputs)
 
 
-def test_a_glow_starts_with_every_actnorm_giving_mean_0_and_variance_1(data):
-    images = mnist(data)[0]
-    pre, flow, _ = build(parse(["--arch", "glow", "--loss", "ml", "--width", "4", "--depth", "2"]), images)
+def test_a_glow_starts_with_every_actnorm_giving_mean_0_and_variance_1(images):
+    pre, flow = build(parse(*GLOW, "--loss", "ml"), images)
     outputs = actnorm_outputs(flow, pre(dequantize(images)))
     assert len(outputs) == 5 and off(outputs) < 0.1
 
 
-def test_the_couplings_of_a_glow_have_the_floor_of_its_settings(data):
+def test_the_couplings_of_a_glow_have_the_floor_of_its_settings(images):
     for flags, floor in ((["--loss", "ml"], 0.0), (["--loss", "dsm"], 0.5), (["--loss", "ml", "--floor", "0.3"], 0.3)):
-        flow = build(parse(["--arch", "glow", "--width", "4", "--depth", "2", *flags]), mnist(data)[0])[1]
+        flow = build(parse(*GLOW, *flags), images)[1]
         assert [m.floor for m in flow.modules() if isinstance(m, AffineCoupling)] == 4 * [floor]
 
 
 @pytest.mark.parametrize("actnorm", ["moments", "trained"])
-def test_a_glow_s_last_actnorm_goes_to_the_moments_as_batches_pass_where_it_is_held_and_no_other_does(data, actnorm):
-    images = mnist(data)[0]
-    args = parse(["--arch", "glow", "--loss", "dsm", "--sigma", "2", "--width", "4", "--depth", "2", "--actnorm", actnorm, "--batch-size", "10"])
-    pre, flow, _ = build(args, images)
+def test_a_glow_s_last_actnorm_goes_to_the_moments_as_batches_pass_where_it_is_held_and_no_other_does(images, actnorm):
+    _, pre, flow, _, _, step, optimizer = start(images, *GLOW, "--loss", "dsm", "--sigma", "2", "--actnorm", actnorm)
     *others, last = (m for m in flow.modules() if isinstance(m, ActNorm))
     assert last.log_scale.requires_grad == last.bias.requires_grad == (actnorm == "trained")
     assert len(others) == 4 and all(p.requires_grad for m in others for p in m.parameters())
     with torch.no_grad():
         for p in flow.parameters():
             p.add_(0.3 * torch.randn_like(p))
-    z = pre(dequantize(images[:1000]))
-    apart = lambda noise: off(actnorm_outputs(flow, z + noise * torch.randn_like(z))[-1:])
+    z = pre(dequantize(images))
+    apart = lambda noise: off(actnorm_outputs(flow, z + noise * torch.randn_like(z))[-1:])  # noqa: E731
     before, state = apart(2), copy.deepcopy(others)
-    for _ in range(8):
-        list(following(args, flow, minibatches(args, pre, images)))
-    assert (apart(2) < 0.3 * before and apart(2) < apart(0)) if actnorm == "moments" else apart(2) == pytest.approx(before, rel=0.3)
+    optimizer.param_groups[0]["lr"] = 0.0  # nothing else moves
+    for n in range(0, 400, 10):
+        step(images[torch.randperm(250)[:50]], n)
+    if actnorm == "moments":  # those of the noisy points that dsm sees
+        assert apart(2) < 0.3 * before and apart(2) < apart(0)
+    else:
+        assert apart(2) == pytest.approx(before, rel=0.3)
     assert all(torch.equal(a.log_scale, b.log_scale) and torch.equal(a.bias, b.bias) for a, b in zip(others, state))
 
 
 @pytest.mark.parametrize("arch", ["fc", "cnn"])
-def test_a_last_actnorm_follows_the_flow_s_output_and_is_the_only_one(data, arch):
-    images = mnist(data)[0]
-    args = parse(["--arch", arch, "--loss", "dsm", "--actnorm", "moments", "--batch-size", "100"])
-    pre, flow, image_model = build(args, images)
-    assert [type(layer) for layer in image_model.layers].count(ActNorm) == 1 and type(flow.layers[-1]) is ActNorm
+def test_a_last_actnorm_follows_the_flow_s_output_and_is_the_only_one(images, arch):
+    s, pre, flow, model, _, step, optimizer = start(images, "--arch", arch, "--loss", "dsm", "--actnorm", "moments")
+    assert [type(layer) for layer in model.layers].count(ActNorm) == 1 and type(flow.layers[-1]) is ActNorm
     assert not any(p.requires_grad for p in flow.layers[-1].parameters()) and flow.layers[-2].weight.requires_grad
     x = pre(dequantize(images.view(-1, *flow.shape)))
-    apart = lambda: off([flow(x + args.sigma * torch.randn_like(x)).transpose(0, 1).flatten(1).detach()])
-    start = off([flow(x).transpose(0, 1).flatten(1).detach()])
+    output = lambda x: flow(x).transpose(0, 1).flatten(1).detach()  # noqa: E731
+    apart = lambda: off([output(x + s.sigma * torch.randn_like(x))])  # noqa: E731
+    at_the_start = off([output(x)])
     with torch.no_grad():
         flow.layers[-2].weight.mul_(6)
     far = apart()
-    list(following(args, flow, (x for _ in range(600))))
-    assert start < 0.15 and apart() < 0.3 < 1 < far
-    assert not any(isinstance(layer, ActNorm) for layer in build(parse(["--arch", arch, "--loss", "ml"]), images)[1].layers)
+    optimizer.param_groups[0]["lr"] = 0.0
+    for n in range(0, 600, 10):
+        step(images, n)
+    assert at_the_start < 0.15 and apart() < 0.3 < 1 < far
+    without = build(parse("--arch", arch, "--loss", "ml"), images)[1]
+    assert not any(isinstance(layer, ActNorm) for layer in without.layers)
 
 
-@pytest.mark.parametrize("loss, amx, inside", [("dsm", True, ["tf32", "tf32", "bf16"]), ("fdssm", True, ["ieee", "ieee", "ieee"]),
-                                               ("fdssm", False, ["ieee", "ieee", "bf16"])])
-def test_fast_products_are_for_training_only_and_short_ones_not_for_fdssm(monkeypatch, loss, amx, inside):
-    """TF32 on a GPU and bfloat16 on a CPU inside (without AMX: oneDNN in float32), and what was there before outside, after an error, too."""
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": amx})
-    products = torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.mkldnn.matmul
-    before = [kind.fp32_precision for kind in products]
-    with pytest.raises(KeyError), training.fast_matmul(loss):
-        assert [kind.fp32_precision for kind in products] == inside != before
-        raise KeyError
-    assert [kind.fp32_precision for kind in products] == before
+def test_one_batch_in_ten_moves_the_last_actnorm(images, monkeypatch):
+    *_, flow, _, _, step, _ = start(images, *GLOW, "--loss", "ssm")
+    fractions = []
+    monkeypatch.setattr(ActNorm, "initialize", lambda layer, x, fraction=1.0: fractions.append((layer, fraction)))
+    for n in range(25):
+        step(images[:20], n)
+    assert fractions == 3 * [(flow.layers[-1], 0.1)]
 
 
-def test_a_glow_without_actnorms_is_one_line(data, tmp_path, capsys):
-    assert "--actnorm is trained or moments" in fails(capsys, *arguments(data, tmp_path, "--arch", "glow", "--actnorm", "none"))
-
-
-def test_one_batch_in_ten_moves_the_last_actnorm(data, monkeypatch):
-    momenta = []
-    monkeypatch.setattr(ActNorm, "initialize", lambda layer, x, momentum: momenta.append((layer, momentum)))
-    args, flow = parse(["--arch", "glow", "--loss", "ssm"]), EBFlow([ActNorm(1), Squeeze(), ActNorm(4)], (1, 2, 2))
-    assert len(list(following(args, flow, torch.ones(25, 2, 1, 2, 2)))) == 25
-    assert momenta == 3 * [(flow.layers[-1], 0.1)]
-
-
-def test_the_averaged_weights_have_a_last_actnorm_at_their_own_moments(data, tmp_path):
-    images, worst = mnist(data)[0], {}
+def test_the_averaged_weights_have_a_last_actnorm_at_their_own_moments(data, images, tmp_path, no_pictures):
+    worst = {}
     for actnorm in ("moments", "trained"):
-        main(arguments(data, tmp_path / actnorm, "--arch", "glow", "--width", "4", "--depth", "2", "--lr", "1e-2", "--epochs", "8",
-                       "--normalize", "center", "--actnorm", actnorm))
+        main(arguments(data, tmp_path / actnorm, *GLOW, "--lr", "1e-2", "--epochs", "8", "--normalize", "center",
+                       "--actnorm", actnorm))
         _, pre, flow, _ = load(tmp_path / actnorm, images)
-        worst[actnorm] = off(actnorm_outputs(flow, pre(dequantize(images[:1000])))[-1:])
+        worst[actnorm] = off(actnorm_outputs(flow, pre(dequantize(images)))[-1:])
     assert worst["moments"] < 0.1 < 0.3 < worst["trained"]
 
 
-def test_a_batch_without_moments_and_a_run_of_other_images_are_one_line(data, tmp_path, capsys):
+def test_a_batch_without_moments_and_a_run_of_other_images_are_one_line(data, tmp_path, no_pictures, capsys):
     small = ["--arch", "glow", "--width", "4", "--depth", "1", "--epochs", "1"]
     assert "constant channel" in fails(capsys, *arguments(data, tmp_path / "one", *small, "--batch-size", "1"))
     main(arguments(data, tmp_path / "run", *small))
@@ -298,170 +752,97 @@ def test_a_batch_without_moments_and_a_run_of_other_images_are_one_line(data, tm
         load(tmp_path / "run", torch.zeros(10, 1, 8, 8, dtype=torch.uint8))
 
 
-def test_a_glow_with_its_last_actnorm_at_the_moments_resumes_exactly(data, tmp_path, monkeypatch):
-    flags = ["--arch", "glow", "--width", "4", "--depth", "2", "--epochs", "4", "--actnorm", "moments"]
-    main(arguments(data, tmp_path / "whole", *flags))
-    with monkeypatch.context() as patched:
-        patched.setattr(training, "train_epoch", stopped_at(3, training.train_epoch))
-        with pytest.raises(SystemExit):
-            main(arguments(data, tmp_path / "stopped", *flags))
-    main(arguments(data, tmp_path / "stopped", *flags, "--resume"))
-    whole, stopped = (load(tmp_path / name, mnist(data)[0])[-1].state_dict() for name in ("whole", "stopped"))
-    assert all(torch.equal(whole[name], stopped[name]) for name in whole)
-    assert rows(tmp_path / "whole")[-1]["test_nll"] == rows(tmp_path / "stopped")[-1]["test_nll"]
+def test_a_glow_without_actnorms_is_one_line(data, tmp_path, capsys):
+    line = fails(capsys, *arguments(data, tmp_path, "--arch", "glow", "--actnorm", "none"))
+    assert "--actnorm is trained or moments" in line
 
 
-def stopped_at(last, train_epoch):
-    def train(args, epoch, *rest):
-        if epoch == last:
-            raise KeyboardInterrupt
-        return train_epoch(args, epoch, *rest)
-    return train
+def test_the_glow_of_the_published_size_takes_a_step():
+    s = parse("--arch", "glow", "--paper", "--loss", "ssm")
+    with torch.device("meta"):  # shapes alone
+        flow = glow_flow((1, 28, 28), s.width, s.depth)
+    assert len(flow.layers) == 2 + 2 * 16 * 3 + 1 and sum(p.numel() for p in flow.parameters()) == 9_750_368
+    assert flow.shapes[-1] == (16, 7, 7)
+    images = torch.randint(0, 256, (20, 1, 28, 28), dtype=torch.uint8)
+    *_, flow, _, _, step, _ = start(images, "--arch", "glow", "--paper", "--loss", "ssm", "--width", "8")
+    before = [p.clone() for p in flow.parameters()]
+    figures = step(images[:2], 0)
+    assert all(figure.isfinite() for figure in figures.values())
+    assert sum(not torch.equal(p, q) for p, q in zip(before, flow.parameters())) > 0.9 * len(before)
 
 
-def test_training_never_writes_over_a_run_by_accident(data, tmp_path, capsys):
-    main(arguments(data, tmp_path))
-    before = (tmp_path / "metrics.jsonl").read_bytes()
-    assert "--resume" in fails(capsys, *arguments(data, tmp_path))
-    assert (tmp_path / "metrics.jsonl").read_bytes() == before
-    main(arguments(data, tmp_path, "--overwrite", "--epochs", "1"))
-    assert len(rows(tmp_path)) == 2
+# ---- How a run fails -------------------------------------------------------------------------------------------------
 
-
-def test_a_checkpoint_of_other_settings_or_other_data_is_refused(data, tmp_path, capsys):
-    main(arguments(data, tmp_path / "run"))
-    line = fails(capsys, *arguments(data, tmp_path / "run", "--resume", "--lr", "0.5"))
-    assert "lr is 0.0001 there" in line and "0.5 here" in line
-    other = tmp_path / "other"
-    other.mkdir()
-    small_data_set(other, n=330)
-    assert "sha256" in fails(capsys, *arguments(other, tmp_path / "run", "--resume"))
-
-
-def one_byte_changed(checkpoint):
-    """In the middle of its largest tensor: those between the tensors mean nothing."""
-    with zipfile.ZipFile(io.BytesIO(checkpoint)) as archive:
-        tensor = archive.read(max(archive.infolist(), key=lambda record: record.file_size))
-    i = checkpoint.index(tensor) + len(tensor) // 2
-    return checkpoint[:i] + bytes([checkpoint[i] ^ 255]) + checkpoint[i + 1:]
-
-
-@pytest.mark.parametrize("damage", [lambda b: b[:-100], lambda b: b"", lambda b: b"not a checkpoint", one_byte_changed])
-def test_a_damaged_checkpoint_is_refused(data, tmp_path, capsys, damage):
-    main(arguments(data, tmp_path))
-    path = tmp_path / "checkpoint.pt"
-    path.write_bytes(damage(path.read_bytes()))
-    assert "checkpoint.pt is damaged" in fails(capsys, *arguments(data, tmp_path, "--resume"))
-
-
-def test_resuming_nothing_is_an_error(data, tmp_path, capsys):
-    assert "nothing to resume" in fails(capsys, *arguments(data, tmp_path / "none", "--resume"))
-
-
-@pytest.mark.parametrize("loss", LOSSES)
-def test_a_run_that_diverges_names_the_step_and_says_what_to_lower(data, tmp_path, capsys, loss):
-    line = fails(capsys, *arguments(data, tmp_path, "--loss", loss, "--lr", "1e30", "--warmup", "0"))
-    assert "epoch 1, step" in line and "lower --lr (it is 1e+30), set --clip" in line
-    assert ("raise --sigma" in line, "raise --xi" in line) == (loss == "dsm", loss == "fdssm")
-    assert not (tmp_path / "checkpoint.pt").exists()
+@pytest.mark.parametrize("loss", OBJECTIVES)
+def test_a_run_that_diverges_names_the_step_and_says_what_to_lower(data, tmp_path, no_pictures, capsys, loss):
+    line = fails(capsys, *arguments(data, tmp_path, "--loss", loss, "--lr", "1e30"))
+    assert "epoch 1, step" in line and "lower --lr, or set or lower --clip; the last checkpoint" in line
+    assert checkpoint(tmp_path)["state"]["epoch"] == 0 and len(rows(tmp_path)) == 1
 
 
 def test_a_gradient_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(data, tmp_path, capsys,
                                                                                        monkeypatch):
     calls = itertools.count(1)
 
-    def objective(a, model, x):  # the loss is finite; at step 2 of epoch 2 its gradient is not
+    def objective(model, x, **knobs):  # the loss is finite; at step 2 of epoch 2 its gradient is not
         loss = losses.ssm(model.energy, x)
         return loss + (loss * 0).sqrt() if next(calls) == 7 else loss
 
-    monkeypatch.setattr(training, "objective", objective)
+    monkeypatch.setitem(OBJECTIVES, "ssm", objective)
     line = fails(capsys, *arguments(data, tmp_path, "--loss", "ssm"))
-    assert "gradient nan at epoch 2, step 2" in line
-    checkpoint = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
-    assert checkpoint["state"]["epoch"] == 1 and len(rows(tmp_path)) == 2
-    assert all(v.isfinite().all() for v in checkpoint["state"]["model"].values())
+    assert re.search(r"not finite at epoch 2, step 2 \(loss -?\d[^ ]*, grad_norm nan\)", line)
+    assert checkpoint(tmp_path)["state"]["epoch"] == 1 and len(rows(tmp_path)) == 2
+    assert all(v.isfinite().all() for v in checkpoint(tmp_path)["state"]["model"].values())
 
 
-def test_a_full_disk_is_one_line_and_leaves_the_last_checkpoint_whole(data, tmp_path):
-    args = arguments(data, tmp_path, "--epochs", "100000")
-    process = subprocess.Popen(command(*args), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-    while not (tmp_path / "checkpoint.pt").exists():
-        assert process.poll() is None
-    process.kill()
-    process.wait()
-    before = (tmp_path / "checkpoint.pt").read_bytes()
-    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2,) * 2)  # noqa: E731
-    result = subprocess.run(command(*args, "--resume"), preexec_fn=limit, capture_output=True, text=True)
-    assert result.returncode == 1
-    assert result.stderr.splitlines()[-1].startswith("error: cannot write") and "Traceback" not in result.stderr
-    assert (tmp_path / "checkpoint.pt").read_bytes() == before and not (tmp_path / ".checkpoint.pt.part").exists()
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_validation_nll_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(
+        data, tmp_path, capsys, monkeypatch, value):
+    values = iter([1.0, 2.0, value])
+    monkeypatch.setattr(train_mnist, "evaluate", lambda *_: {"val_nll": next(values), "val_bpd": 0.0})
+    line = fails(capsys, *arguments(data, tmp_path, "--epochs", "3"))
+    assert f"the validation NLL is {value} after epoch 2: lower --lr" in line
+    assert checkpoint(tmp_path)["state"]["epoch"] == 1 and len(rows(tmp_path)) == 2
 
 
-def test_training_on_mnist_stays_under_one_and_a_half_gibibytes(tmp_path):
-    args = ["--epochs", "1", "--batch-size", "2500", "--out", str(tmp_path), "--device", "cpu"]
-    # VmHWM, not ru_maxrss: that one a child takes over from its parent, which holds what the other tests left.
-    code = "import train_mnist, sys; train_mnist.main(sys.argv[1:]); print(open('/proc/self/status').read())"
-    result = subprocess.run([sys.executable, "-c", code, *args], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert int(re.search(r"VmHWM:\s*(\d+) kB", result.stdout).group(1)) < 1.5 * 2**20
+def test_a_weight_that_is_singular_in_the_evaluation_is_one_line(data, tmp_path, capsys, monkeypatch):
+    def objective(model, x, **knobs):
+        with torch.no_grad():
+            model.layers[0].weight.zero_()
+        return model.energy(x).mean()
 
-
-def test_control_c_is_one_line_and_the_run_can_go_on(data, tmp_path):
-    process = subprocess.Popen(command(*arguments(data, tmp_path, "--epochs", "100000")), stderr=subprocess.PIPE,
-                               stdout=subprocess.DEVNULL, text=True)
-    while not (tmp_path / "checkpoint.pt").exists():
-        assert process.poll() is None
-        time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
-    error = process.communicate()[1]
-    assert process.returncode == 130 and "Traceback" not in error and "--resume" in error.splitlines()[-1]
+    monkeypatch.setitem(OBJECTIVES, "dsm", objective)
+    line = fails(capsys, *arguments(data, tmp_path, "--no-ema", "--lr", "1e-30"))
+    assert "has a singular or non-finite weight" in line and "after epoch 1: lower --lr" in line
 
 
 @pytest.mark.parametrize("flags, message", [
-    (["--loss", "mle"], "invalid choice"), (["--sigma", "1", "--loss", "ml"], "--sigma is not a setting of fc ml"),
-    (["--sigma", "-1"], "--sigma must be positive"), (["--ema-decay", "1"], r"must lie in [0, 1)"),
-    (["--epoch", "1", "--no-such"], "unrecognized arguments: --no-such"), (["--lr", "nan"], "--lr must be a finite number"), (["--clip", "-1"], "--clip must lie in"),
-    (["--seed", "-1"], "--seed must lie in"), (["--arch", "glow", "--floor", "1"], "--floor must be 0 or lie in"), (["--resume", "--overwrite"], "not allowed with"),
-    (["--batch-size", "1000"], "do not fill a batch"), (["--data", "/nowhere"], "no train-images-idx3-ubyte.gz"),
-    (["--out", "/dev/null/run"], "cannot write to"), (["--optimizer", "sgd"], "invalid choice")])
+    (["--loss", "mle"], "invalid choice"), (["--optimizer", "sgd"], "invalid choice"),
+    (["--sigma", "1", "--loss", "ml"], "--sigma is not a setting of mnist-fc-ml"),
+    (["--decay", "0.9"], "--decay is not a setting of mnist-fc-dsm"),
+    (["--sigma", "-1"], "--sigma must be at least 0, not -1.0"), (["--sigma", "0"], "--sigma must be above 0 for dsm"),
+    (["--epoch", "1", "--no-such"], "unrecognized arguments: --no-such"),
+    (["--lr", "nan"], "--lr must be a finite number"), (["--lr", "0"], "--lr must be above 0"),
+    (["--clip", "-1"], "--clip must be at least 0"), (["--clip", "inf"], "--clip must be a finite number"),
+    (["--bend", "nan"], "--bend must be a finite number"), (["--epochs", "0"], "--epochs must be above 0"),
+    (["--epochs", "1.5"], "invalid int value"), (["--s", "0"], "--s must be above 0"),
+    (["--weight-decay", "1"], "--weight-decay must be below 1"),
+    (["--seed", "-1"], "--seed must be at least 0"), (["--seed", str(2**32)], "--seed must be below 4294967296"),
+    (["--paper", "--decay", "-1"], "--decay must be above 0, not -1.0"),
+    (["--paper", "--decay", "1e308"], "--decay must be at most 1, not 1e+308"),
+    (["--arch", "glow", "--floor", "1"], "--floor must be below 1"),
+    (["--loss", "fdssm", "--xi", "0"], "--xi must be above 0"),
+    (["--loss", "sml", "--model-samples", "0"], "--model-samples must be above 0"),
+    (["--resume", "--overwrite"], "exclude each other"), (["--batch-size", "1000"], "do not fill a batch"),
+    (["--data", "/nowhere"], "no train-images-idx3-ubyte.gz"), (["--out", "/dev/null/run"], "cannot write to")])
 def test_bad_options_are_one_line(data, tmp_path, capsys, flags, message):
     assert message in fails(capsys, *arguments(data, tmp_path), *flags)
+    assert not list(tmp_path.iterdir())
 
 
-def test_the_moving_average_is_the_recursion_of_the_paper_after_its_first_steps():
-    model = torch.nn.Linear(2, 1)
-    average = MovingAverage(model, 0.9)
-    expected = None
-    for n in range(200):
-        with torch.no_grad():
-            model.weight.copy_(torch.randn(1, 2))
-        average.update()
-        m = min(0.9, (1 + n) / (10 + n)) if n else 0.0
-        expected = model.weight.detach().clone() if n == 0 else m * expected + (1 - m) * model.weight.detach()
-    torch.testing.assert_close(average.model.weight.detach(), expected)
-
-
-def test_the_schedules():
-    a = parse(["--loss", "dsm", "--lr", "1", "--warmup", "0.5", "--epochs", "100"])
-    assert [round(learning_rate(a, 1, t), 6) for t in (0, 0.25, 0.5, 1)] == [0, 0.426777, 0.5, 0]
-    a = parse(["--loss", "dsm", "--lr", "1", "--warmup", "0.1", "--hold", "0.6", "--epochs", "100"])
-    assert [round(learning_rate(a, 1, t), 6) for t in (0.05, 0.3, 0.6, 0.8, 1)] == [0.5, 1, 1, 0.5, 0]
-    paper = parse(["--loss", "dsm", "--paper"])
-    rates = [learning_rate(paper, epoch, 0.0) for epoch in (1, 2, 50, 60)]
-    assert rates == pytest.approx([1e-4, 0.95e-4, 1e-4 * 0.95**49, 1e-4 * 0.95**49])
-
-
-def test_the_defaults_of_a_flag_are_those_at_the_top_of_the_script():
-    for loss, settings in DEFAULTS["fc"].items():
-        a = parse(["--loss", loss])
-        assert {name: getattr(a, name) for name in settings} == settings
-
-
-def test_the_glow_of_the_published_size_takes_a_step():
-    args = parse(["--arch", "glow", "--paper", "--loss", "ssm"])
-    images = torch.randint(0, 256, (20, 1, 28, 28), dtype=torch.uint8)
-    pre, flow, _ = build(args, images)
-    assert len(flow.layers) == 2 + 2 * 16 * 3 + 1 and sum(p.numel() for p in flow.parameters()) == 9_750_368
-    before = [p.clone() for p in flow.parameters()]
-    trace = train_step(args, flow, minibatch(args, pre, images[:2]), make_optimizer(args, flow))
-    assert trace.isfinite().all()
-    assert sum(not torch.equal(p, q) for p, q in zip(before, flow.parameters())) > 0.9 * len(before)
+def test_joined_processes_must_divide_the_batch_and_the_samples_of_the_model(data, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    line = fails(capsys, *arguments(data, tmp_path))
+    assert "3 processes cannot share --batch-size 50 alike" in line
+    line = fails(capsys, *arguments(data, tmp_path, "--batch-size", "51", "--loss", "sml", "--model-samples", "50"))
+    assert "3 processes cannot share --model-samples 50 alike" in line
