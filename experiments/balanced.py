@@ -52,7 +52,7 @@ def run(dim, sampler, seed, runs, flags=()):
 
 
 def trained(s):
-    """The model of a finished run: the averages of its weights."""
+    """The model of a finished run, with its averaged parameters."""
     model = train_ebm.make_model(s, mixture(s.dim).sample(5000))
     model.load_state_dict(read_checkpoint(s.out / "checkpoint.pt")["state"]["averaged"])
     return model

@@ -55,13 +55,10 @@ METHODS = {  # objective, and flags of train_mnist.py for each start: the best o
 }
 
 
-# ---------------------------------------------------------------------------------------------------------
-# The methods: layers whose outputs and log-determinants have the gradients that a method gives them
-# ---------------------------------------------------------------------------------------------------------
-
+# ---- The methods: layers with the gradients that a method gives them -------------------------------------------------
 
 class SharedLayer(FullyConnected):
-    """A fully-connected layer with the weights of another one."""
+    """A fully-connected layer with the parameters of another one."""
 
     def __init__(self, layer):
         super().__init__(len(layer.bias))
@@ -129,8 +126,8 @@ class SelfNormalizingLayer(SharedLayer):
         self.lam, self.R = lam, nn.Parameter(torch.linalg.inv(layer.weight.detach()))
 
     def forward(self, x):
-        held = x.detach()
-        self.reconstruction = (held @ self.weight.T @ self.R.T - held).square().sum(1).mean()
+        constant = x.detach()
+        self.reconstruction = (constant @ self.weight.T @ self.R.T - constant).square().sum(1).mean()
         return SelfNormalizingLinear.apply(x, self.weight, self.R, self.bias)
 
     def log_abs_det(self, shape):
@@ -139,7 +136,7 @@ class SelfNormalizingLayer(SharedLayer):
 
 
 class Rival(EBFlow):
-    """The flow, its weights in layers of another kind."""
+    """The flow with its parameters in layers of another kind."""
 
     def __init__(self, flow, kind):
         layers = [kind(layer) if isinstance(layer, FullyConnected) else layer for layer in flow.layers]
@@ -151,18 +148,15 @@ class Rival(EBFlow):
                             if isinstance(layer, SelfNormalizingLayer))
 
     def log_z(self):
-        """As EBFlow's, but it does not look whether the value is finite, for which a GPU would be waited for."""
+        """As EBFlow's, without the check that it is finite, which waits for a GPU."""
         return -sum(layer.log_abs_det(shape) for layer, shape in zip(self.layers, self.shapes)
                     if isinstance(layer, LinearLayer))
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Training
-# ---------------------------------------------------------------------------------------------------------
-
+# ---- Training --------------------------------------------------------------------------------------------------------
 
 def beside(images, n):
-    """Images of n of the images beside each other: n times the D.   uint8 (N, …) -> (N // n, n · D)"""
+    """Puts n images beside each other: an image of n times the D.   uint8 (N, …) -> (N // n, n · D)"""
     return images[:len(images) // n * n].reshape(len(images) // n, n * images[0].numel())
 
 
@@ -177,12 +171,12 @@ def batches(images, n, size):
 def train(name, normalize, flags, steps, every, splits, device, digits=1, until=-math.inf):
     """One run of a method.   -> {"curve": [(step, seconds, validation NLL)], "broke": why, or None}
 
-    flags   of train_mnist.py, for the flow, the batches, the noise, the learning rate and the seed
-    every   steps between evaluations, a stretch; `steps` is rounded up to whole stretches
-    digits  an image is so many of the data's images beside each other; the NLL is that of one of them
+    flags   of train_mnist.py: for the flow, the batches, the noise, the learning rate and the seed, no others
+    every   steps of a stretch, after which the model is evaluated; `steps` is rounded up to whole stretches
+    digits  so many images of the data beside each other are one image here; the NLL is that of one of them
     until   the run ends where the NLL is as low as this
 
-    The seconds are those of the steps, and those that whitening takes.
+    The seconds are those of the steps, and those of whitening.
     """
     loss, own = METHODS[name]
     s = settings.parse(settings.Mnist, ["--loss", loss, "--normalize", normalize, *own[normalize], *flags])
@@ -208,7 +202,7 @@ def train(name, normalize, flags, steps, every, splits, device, digits=1, until=
         loss.backward(inputs=parameters)
         return loss.detach()
 
-    if name != "ml":                                                   # whose determinants a GPU must be waited for
+    if name != "ml":                                                   # its determinants wait for a GPU
         gradient = Graphed(gradient, parameters)
 
     curve, broke, stretches = [], None, -(-steps // every)
@@ -259,10 +253,7 @@ def train(name, normalize, flags, steps, every, splits, device, digits=1, until=
     return {"curve": curve, "broke": broke}
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Table and figure
-# ---------------------------------------------------------------------------------------------------------
-
+# ---- Table and figure ------------------------------------------------------------------------------------------------
 
 def step_time(curve):
     """Seconds of a step: the median over the stretches between evaluations, without the first one.

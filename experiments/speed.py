@@ -12,8 +12,8 @@ gradient, the optimiser and the moving average read or write each of them. The t
 
 Ten steps of one kind are timed together. Kinds take turns, so slow moments of the machine hit all of them. The medians
 are printed. With --compile there are also compiled steps. With --arch toy, the flow in the plane, there are also plain
-steps in float64. The learning rate is so small that the parameters stay what they are. The experiment takes about a
-minute on two cores. Compiling an objective takes up to a minute more.
+steps in float64. The learning rate is so small that the parameters stay what they are. On one core the experiment takes
+half a minute, with --arch toy one minute, cnn two, glow five. Compiling an objective takes up to a minute more.
 """
 
 import argparse

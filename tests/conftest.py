@@ -27,7 +27,7 @@ def float64():
 
 
 def failing(main):
-    """A function (capsys, *arguments) -> the one line that the command prints before it exits with another status than 0."""
+    """A function (capsys, *arguments) -> the one line with which the command exits, its status not 0."""
     def fails(capsys, *args):
         with pytest.raises(SystemExit) as exit:
             main(args)

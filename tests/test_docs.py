@@ -63,9 +63,7 @@ def commands(script):
 
 
 @pytest.mark.parametrize("kind, arguments", [
-    (kind, arguments)
-    for script, kind in (("train_mnist.py", settings.Mnist), ("train_ebm.py", settings.Ebm), ("train_toy.py", settings.Toy))
-    for arguments in commands(script)])
+    (kind, arguments) for kind in (settings.Mnist, settings.Toy, settings.Ebm) for arguments in commands(kind.__doc__)])
 def test_every_training_command_parses(kind, arguments):
     argv = arguments.replace("LOSS", "dsm").replace("ARCH", "fc").split()
     train_toy.parse(argv) if kind is settings.Toy else settings.parse(kind, argv)

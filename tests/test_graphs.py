@@ -41,12 +41,12 @@ def assert_gradient(gradient, objective, parameters, x, sigma):
     for p in parameters:
         p.grad = None
     found = gradient(x, sigma).clone()
-    after = torch.rand(3, device=x.device)
+    after = torch.rand(3)
     torch.manual_seed(1)
     expected = objective(x, sigma)
     torch.testing.assert_close(found, expected.detach())
     torch.testing.assert_close([p.grad for p in parameters], [*torch.autograd.grad(expected, parameters)])
-    assert torch.equal(after, torch.rand(3, device=x.device))  # as many of them were drawn
+    assert x.is_cuda or torch.equal(after, torch.rand(3))  # as many of them were drawn
 
 
 def assert_gradient_while_training(gradient, objective, flow):
@@ -63,16 +63,16 @@ def assert_gradient_while_training(gradient, objective, flow):
 # ---- torch.compile ---------------------------------------------------------------------------------------------------
 
 @compiler
-@pytest.mark.parametrize("loss", ["ssm", "dsm"])  # one of each kind of random numbers
-def test_a_compiled_gradient_is_that_of_the_objective_and_draws_its_random_numbers(float64, loss):
-    flow = fc_flow(4, bend=1.0)
-    gradient, objective = a_gradient(loss, flow)
+def test_a_compiled_gradient_is_that_of_the_objective_and_draws_its_random_numbers(float64):
+    """For one objective, since compilation takes most of the time of these tests; the others below go as far as C++."""
+    flow = FLOWS["fc"]()
+    gradient, objective = a_gradient("dsm", flow)
     assert_gradient_while_training(compiled(gradient), objective, flow)
 
 
 @pytest.fixture
 def captured(monkeypatch):
-    """What torch.compile captures as one graph is carried out without C++, whose compilation takes most of the time."""
+    """What torch.compile captures as one graph is carried out by the operations of torch, and not translated to C++."""
     def capture(function, options, **rest):
         assert options == {"fallback_random": True} and rest.pop("fullgraph")
         return compile(function, backend="aot_eager", fullgraph=True, **rest)
@@ -81,8 +81,8 @@ def captured(monkeypatch):
     monkeypatch.setattr(torch, "compile", capture)
 
 
-@pytest.mark.parametrize("arch, loss", [*(("fc", loss) for loss in OBJECTIVES), ("cnn", "ml"), ("cnn", "sml"),
-                                        ("glow", "sml"), ("toy", "dsm")])
+@pytest.mark.parametrize("arch, loss", [("fc", "ml"), ("fc", "sml"), ("fc", "ssm"), ("fc", "dsm"), ("fc", "fdssm"),
+                                        ("cnn", "ml"), ("cnn", "sml"), ("glow", "sml"), ("toy", "dsm")])
 def test_a_gradient_can_be_captured_whole_and_is_then_that_of_the_objective(float64, captured, arch, loss):
     flow = FLOWS[arch]()
     gradient, objective = a_gradient(loss, flow)
@@ -136,14 +136,12 @@ def test_a_gpu_replays_all_gradients_but_those_that_wait_for_it_and_does_not_com
 
 
 @pytest.mark.parametrize("loss", [loss for loss in OBJECTIVES if loss not in fast.WAITING])
-@pytest.mark.parametrize("flags", [[], ["--clip", "1"], ["--actnorm", "trained"]], ids=str)
-def test_nothing_in_a_step_of_score_matching_waits_for_a_gpu(loss, flags):
-    """A tensor's value becomes a number of python's: then python must wait. On device "meta" it would be an error."""
-    s = mnist_settings(loss, *flags)
-    flow = fc_flow(4)
-    model, averaged = flow.to("meta"), copy.deepcopy(flow).to("meta")
-    s.optimizer = "rmsprop"  # torch has no fused Adam there
-    step, _ = train_mnist.make_step(s, lambda x: x, model, model, averaged)
+@pytest.mark.parametrize("clip", ["0", "1"])
+def test_nothing_in_a_step_of_score_matching_waits_for_a_gpu(loss, clip):
+    """Python waits where a tensor's value becomes a number. On device "meta" there is no value, and it is an error."""
+    flow = fc_flow(4).to("meta")
+    s = mnist_settings(loss, "--clip", clip, "--optimizer", "rmsprop")  # torch has no fused Adam there
+    step, _ = train_mnist.make_step(s, lambda x: x, flow, flow, copy.deepcopy(flow))
     figures = step(torch.zeros(10, 1, 2, 2, dtype=torch.uint8, device="meta"), 3)
     assert all(figure.is_meta for figure in figures.values())
 
@@ -173,10 +171,11 @@ def test_a_replay_draws_anew_and_recording_draws_nothing_that_is_missed():
 @gpu
 @pytest.mark.parametrize("loss", ["ml", "dsm"])
 def test_a_run_on_a_gpu_that_is_resumed_ends_with_the_same_bits(tmp_path, loss, monkeypatch, no_pictures):
-    flags = ["--loss", loss, "--blocks", "2", "--epochs", "3", "--steps", "20", "--test-points", "400", "--device", "cuda"]
+    flags = ["--loss", loss, "--blocks", "2", "--epochs", "3", "--steps", "20", "--test-points", "400",
+             "--device", "cuda"]
     train_toy.main([*flags, "--out", str(tmp_path / "whole")])
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
         stop_after(patch, 2)
         train_toy.main([*flags, "--out", str(tmp_path / "stopped")])
     train_toy.main([*flags, "--out", str(tmp_path / "stopped"), "--resume"])
-    assert_same_bits(*(checkpoint(tmp_path / name)["state"]["model"] for name in ("whole", "stopped")))
+    assert_same_bits(*(checkpoint(tmp_path / name)["state"] for name in ("whole", "stopped")))

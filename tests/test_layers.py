@@ -100,7 +100,7 @@ def test_no_layer_of_a_glow_moves_with_a_fraction_of_0():
 
 
 def test_a_coupling_s_floor_bounds_what_its_inverse_stretches():
-    """s = floor + (1 - floor) sigmoid(h + 2) stays between floor and 1, however far h goes; without a floor it is sigmoid(h + 2)."""
+    """s = floor + (1 - floor) sigmoid(h + 2) stays between floor and 1, however far h goes."""
     h = torch.tensor([-200.0, -30.0, 0.0, 30.0])
     for floor in (0.0, 0.5):
         coupling = layers.AffineCoupling(lambda x_a: torch.stack([x_a[:, 0], 0 * x_a[:, 0]], 1), floor=floor)  # t = 0
@@ -135,7 +135,8 @@ def test_actnorm_starts_from_its_data():
     torch.testing.assert_close(std, torch.ones(4), atol=1e-5, rtol=0)
     layer.initialize(2 * x, fraction=0.25)  # a quarter of the way to those of 2x, whose log s is smaller by log 2
     torch.testing.assert_close(layer.log_scale, -torch.std(x, dim=(0, 2, 3)).log() - 0.25 * math.log(2))
-    torch.testing.assert_close(layer.bias, -(mean := x.mean((0, 2, 3))) / torch.std(x, dim=(0, 2, 3)))  # the same for 2x
+    mean = x.mean((0, 2, 3))
+    torch.testing.assert_close(layer.bias, -mean / torch.std(x, dim=(0, 2, 3)))  # the same for 2x
     layer.initialize(2 * x + 8, fraction=0.5)
     bias = -(2 * mean + 8) / (2 * torch.std(x, dim=(0, 2, 3)))
     torch.testing.assert_close(layer.bias, 0.5 * (bias - mean / torch.std(x, dim=(0, 2, 3))))
@@ -223,7 +224,8 @@ def test_the_examples_in_the_docstrings_run(module):
     assert result.attempted > 0 and result.failed == 0
 
 
-@pytest.mark.parametrize("channels, kernel_size, H, W", [(1, 7, 9, 5), (2, 3, 4, 3), (3, 5, 4, 6), (2, 1, 3, 2), (4, 7, 2, 2)])
+@pytest.mark.parametrize("channels, kernel_size, H, W",
+                         [(1, 7, 9, 5), (2, 3, 4, 3), (3, 5, 4, 6), (2, 1, 3, 2), (4, 7, 2, 2)])
 def test_a_convolution_is_a_product_with_its_matrix_and_the_elimination_by_rows_gives_its_determinant(
         channels, kernel_size, H, W):
     layer = Convolution(channels, kernel_size, diagonal=1.5, bias=0.2).double()

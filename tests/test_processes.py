@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 import train_mnist
+from conftest import checkpoint, stop_after
 from ebflow import fc_flow
 from losses import OBJECTIVES
 from support import processes
@@ -52,42 +53,65 @@ def test_the_average_is_that_of_loss_and_gradients(monkeypatch):
     assert (parameters[0].grad == 1.5).all() and (parameters[1].grad == 2).all()
 
 
-def launch(*arguments):
-    return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
-                           str(ROOT / "train_mnist.py"), *arguments], capture_output=True, text=True)
+DRIVER = """
+import json, sys
+import torch.distributed as dist
+import train_mnist
+join = dist.init_process_group  # once for all runs: to join takes longer than to train
+dist.init_process_group = lambda *arguments: dist.is_initialized() or join(*arguments)
+dist.destroy_process_group = lambda: None
+for arguments in json.loads(sys.argv[1]):
+    train_mnist.main(arguments)
+"""
 
 
-@pytest.mark.parametrize("loss", ["dsm", "sml"])
-def test_two_processes_under_torchrun_end_where_one_does_and_only_the_first_writes(tmp_path, loss):
-    data = small_data_set(tmp_path)
-    shared = ["--loss", loss, "--data", str(data), "--epochs", "3", "--batch-size", "50", "--device", "cpu"]
-    done = launch(*shared, "--out", str(tmp_path / "two"))
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("test_nll") == 1 and done.stdout.count("epoch    3") == 1
-    train_mnist.main([*shared, "--out", str(tmp_path / "one")])
-    for a, b in zip(read_metrics(tmp_path / "one"), read_metrics(tmp_path / "two"), strict=True):
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """Two processes that torchrun starts: they train with dsm and with sml, go on where one process had stopped, and at
+    last start a run that is already there.   -> the folder of the runs, what the launch printed and its exit status"""
+    folder = tmp_path_factory.mktemp("two")
+    shared = ["--data", str(small_data_set(folder)), "--epochs", "3", "--batch-size", "50", "--device", "cpu"]
+    runs = {name: [*shared, "--out", str(folder / name), "--loss", *flags] for name, flags in {
+        "dsm": ["dsm"], "sml": ["sml"], "ssm": ["ssm", "--sigma", "0.1", "--clip", "1"]}.items()}
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
+        stop_after(patch, 2)
+        train_mnist.main(runs["ssm"])
+    (folder / "driver.py").write_text(DRIVER)
+    arguments = [runs["dsm"], runs["sml"], [*runs["ssm"], "--resume"], runs["dsm"]]
+    command = ["-m", "torch.distributed.run", "--nproc_per_node=2", str(folder / "driver.py"), json.dumps(arguments)]
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True,
+                          env=os.environ | {"PYTHONPATH": str(ROOT)})
+    for name, flags in runs.items():
+        train_mnist.main([*flags, "--out", str(folder / f"{name} by one")])
+    return folder, done
+
+
+@pytest.mark.parametrize("name", ["dsm", "sml", "ssm"])
+def test_two_processes_under_torchrun_end_where_one_does(two, name):
+    """Also those that go on from a checkpoint that one had written."""
+    folder, done = two
+    one, both = folder / f"{name} by one", folder / name
+    for a, b in zip(read_metrics(one), read_metrics(both), strict=True):
         assert a["val_nll"] == pytest.approx(b["val_nll"], rel=1e-5)
         assert (a["loss"] is None and b["loss"] is None) or a["loss"] == pytest.approx(b["loss"], rel=1e-4)
-    one, two = (torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)["state"] for name in ("one", "two"))
-    torch.testing.assert_close(one["model"], two["model"], rtol=1e-4, atol=1e-5)
-    configs = [json.loads((tmp_path / name / "config.json").read_text()) for name in ("one", "two")]
-    assert configs[0] == configs[1]
-    if loss == "dsm":  # a run that is there: one line, and nothing of it is touched
-        before = (tmp_path / "two" / "checkpoint.pt").read_bytes()
-        failed = launch(*shared, "--out", str(tmp_path / "two"))
-        assert failed.returncode != 0 and "already holds a run" in failed.stderr
-        assert not [line for line in failed.stderr.splitlines() if line.startswith("RuntimeError")]
-        assert (tmp_path / "two" / "checkpoint.pt").read_bytes() == before
+    states = [checkpoint(directory)["state"] for directory in (one, both)]
+    torch.testing.assert_close(states[0]["model"], states[1]["model"], rtol=1e-4, atol=1e-5)
+    assert (one / "config.json").read_bytes() == (both / "config.json").read_bytes()
 
 
-def test_two_processes_go_on_from_a_checkpoint_of_one(tmp_path):
-    shared = ["--loss", "ssm", "--sigma", "0.1", "--clip", "1", "--data", str(small_data_set(tmp_path)), "--epochs", "3",
-              "--batch-size", "50", "--device", "cpu", "--out", str(tmp_path / "run")]
-    train_mnist.main(shared)
-    whole = (tmp_path / "run" / "metrics.jsonl").read_text()
-    done = launch(*shared, "--resume")  # nothing is left to do but the end
-    assert done.returncode == 0 and done.stdout.count("test_nll") == 1, done.stderr
-    assert (tmp_path / "run" / "metrics.jsonl").read_text() == whole
+def test_of_two_processes_only_the_first_one_writes_and_prints(two):
+    folder, done = two
+    lines = done.stdout.splitlines()
+    assert [line.split()[1] for line in lines if line.startswith("epoch ")] == [*"0123", *"0123", *"23"], done.stderr
+    assert sum(line.startswith("test_nll") for line in lines) == 3
+    assert {p.name for p in (folder / "sml").iterdir()} == {p.name for p in (folder / "sml by one").iterdir()}
+
+
+def test_two_processes_do_not_touch_a_run_that_is_there_and_each_says_so_in_one_line(two):
+    folder, done = two
+    error, = {line for line in done.stderr.splitlines() if line.startswith("error: ")}
+    assert done.returncode != 0 and "already holds a run" in error and "RuntimeError" not in done.stderr
+    assert len(read_metrics(folder / "dsm")) == 4 and checkpoint(folder / "dsm")["state"]["epoch"] == 3
 
 
 def test_what_cannot_be_shared_is_one_line(monkeypatch):

@@ -1,4 +1,4 @@
-"""What a step costs: the counted operations are the formulas', their exponents are the paper's, and the experiment runs."""
+"""What a step costs: operations are counted by the formulas, their exponents are the paper's, the experiment runs."""
 
 import json
 import math
@@ -21,7 +21,7 @@ def test_determinants_and_solves_are_counted_by_their_textbook_formulas():
     n, k = 30, 7
     A, B = torch.randn(n, n).requires_grad_(), torch.randn(n, k)
     assert operations(lambda: torch.linalg.slogdet(A)) == 2 * n**3 // 3
-    assert operations(lambda: torch.linalg.slogdet(A).logabsdet.backward()) == 2 * n**3 // 3 + 2 * n**3  # and the inverse
+    assert operations(lambda: torch.linalg.slogdet(A).logabsdet.backward()) == 2 * n**3 // 3 + 2 * n**3  # the inverse
     with torch.no_grad():
         assert operations(lambda: torch.linalg.solve(A, B)) == 2 * n**3 // 3 + 2 * n**2 * k
         assert operations(lambda: torch.linalg.solve(A.T, B.T, left=False)) == 2 * n**3 // 3 + 2 * n**2 * k
@@ -32,7 +32,7 @@ def test_determinants_and_solves_are_counted_by_their_textbook_formulas():
 @pytest.mark.parametrize("loss, products, cubes", [
     ("ml", 5, 8 / 3), ("sml", 10, 2 / 3), ("ssm", 22, 0), ("dsm", 11, 0), ("fdssm", 15, 0)])
 def test_score_matching_counts_products_alone_and_maximum_likelihood_the_cube(loss, products, cubes):
-    """Two layers: each has a factorisation (⅔D³); ml's gradient needs the inverse (2D³), sml a solve for each of its samples."""
+    """Each of the two layers has a factorisation (⅔D³). ml needs the inverse (2D³), too; sml solves for samples."""
     B, D = 8, 64
     expected = 2 * B * D**2 * products + 2 * cubes * D**3 + (4 * B * D**2 if loss == "sml" else 0)
     assert runtime.count_operations("fc", (1, 8, 8), loss, B) == pytest.approx(expected, rel=1e-4)
@@ -42,7 +42,8 @@ def test_the_exponents_of_counted_operations_are_the_paper_s():
     """From 16×16 to 48×48×3 at the default batch: D² for score matching, close to D³ for maximum likelihood."""
     shapes = [(1, side, side) for side in (16, 24, 32, 48, 64)] + [(3, side, side) for side in (16, 24, 32, 48)]
     for loss, low, high in (("ml", 2.9, 3), ("ssm", 1.99, 2.05), ("dsm", 1.99, 2.05), ("fdssm", 1.99, 2.05)):
-        rows = [{"D": math.prod(shape), "operations": runtime.count_operations("fc", shape, loss, 32)} for shape in shapes]
+        rows = [{"D": math.prod(shape), "operations": runtime.count_operations("fc", shape, loss, 32)}
+                for shape in shapes]
         assert low <= runtime.slope(rows, "operations") <= high
 
 

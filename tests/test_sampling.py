@@ -10,8 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import sampling
 from ebflow import EBFlow, fc_flow
 from layers import FullyConnected
-from sampling import (SamplingError, alternate, autocorrelation_time, effective_sample_size, impute, independence,
-                      langevin, estimate_log_z, mala, tune)
+from sampling import (SamplingError, alternate, autocorrelation_time, effective_sample_size, estimate_log_z, impute,
+                      independence, langevin, mala, tune)
 
 
 @pytest.fixture(autouse=True)
@@ -563,8 +563,8 @@ def test_everything_runs_on_the_meta_device():
                *mala(flow.energy, x, 12, 0.1)[1][1:2], *tune(flow.energy, x, 12, 0.1),
                *independence(flow.energy, flow, x), alternate(flow.energy, flow, x, 3, 4, 0.1)[0],
                alternate(flow.energy, flow, x, 3, 4, 0.1, adjusted=False)[0], impute(flow.energy, x, mask, 3, 0.1)[0],
-               impute(flow.energy, x, mask.expand(5, 4), 3, 0.1, adjusted=True)[0], *estimate_log_z(flow.energy, flow, 5),
-               autocorrelation_time(torch.randn(9, 3, device="meta"))]
+               impute(flow.energy, x, mask.expand(5, 4), 3, 0.1, adjusted=True)[0],
+               *estimate_log_z(flow.energy, flow, 5), autocorrelation_time(torch.randn(9, 3, device="meta"))]
     assert {result.device.type for result in results} == {"meta"}
 
 

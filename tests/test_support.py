@@ -75,7 +75,8 @@ def test_a_gpu_is_waited_for_every_50_steps_only(tmp_path):
         for _ in one.watch(1, range(120)):
             reads.append(mode.count)
             one.record({"loss": torch.zeros(())})
-    assert sorted(set(reads)) == [reads[0], reads[50], reads[100]] and reads.count(reads[0]) == reads.count(reads[50]) == 50
+    assert sorted(set(reads)) == [reads[0], reads[50], reads[100]]
+    assert [reads.count(reads[i]) for i in (0, 50, 100)] == [50, 50, 20]
 
 
 @pytest.mark.parametrize("error", [torch.linalg.LinAlgError("layer 3 is singular"), SamplingError("chains got lost")])
@@ -117,11 +118,13 @@ def test_a_checkpoint_puts_back_parts_state_and_metrics(tmp_path):
 
 def test_the_figures_of_an_epoch_and_of_the_end_are_printed(tmp_path, capsys):
     one = a_run(tmp_path)
-    one.save({"epoch": 3, "val_nll": 1.25, "tv": 0.5, "rate": None, "seconds": 90.0}, {}, shown=("tv", "rate", "missing"))
+    row = {"epoch": 3, "val_nll": 1.25, "tv": 0.5, "rate": None, "seconds": 90.0}
+    one.save(row, {}, shown=("tv", "rate", "missing"))
     one.finish({"test_nll": 2.0, "weights": [0.25, 0.75]})
     assert capsys.readouterr().out.splitlines() == [
         "lr: 0.1", "epoch    3  val_nll 1.25  tv 0.5", "test_nll                2.0000",
-        "weights                 0.2500 0.7500", "minutes                 1.5000", f"written to              {tmp_path}"]
+        "weights                 0.2500 0.7500", "minutes                 1.5000",
+        f"written to              {tmp_path}"]
     assert read_metrics(tmp_path)[-1]["weights"] == [0.25, 0.75]
 
 
@@ -130,7 +133,7 @@ def test_a_directory_that_holds_a_run_is_neither_written_nor_read_without_being_
     for name in PICTURES:
         (tmp_path / name).write_bytes(b"a picture")
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(RunError, match="already holds a run: continue it with --resume, replace it with --overwrite, or"):
+    with pytest.raises(RunError, match="already holds a run: continue it with --resume, replace it with --overwrite"):
         a_run(tmp_path, lr=0.2)
     assert json.loads((tmp_path / "config.json").read_text()) == {"lr": 0.1}
     with pytest.raises(RunError, match="belongs to other settings: lr is 0.1 there and 0.2 here"):
@@ -138,11 +141,11 @@ def test_a_directory_that_holds_a_run_is_neither_written_nor_read_without_being_
     assert json.loads((tmp_path / "config.json").read_text()) == {"lr": 0.1} and checkpoint(tmp_path)
     a_run(tmp_path, lr=0.2, overwrite=True)
     assert {p.name for p in tmp_path.iterdir()} == {"config.json", "notes.txt"}
-    with pytest.raises(RunError, match="nothing to resume: there is no .*checkpoint.pt; start the run without --resume"):
+    with pytest.raises(RunError, match="nothing to resume: there is no .*checkpoint.pt; start the run without"):
         a_run(tmp_path / "empty", resume=True)
 
 
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()], ids=["full disk", "Ctrl-C"])
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()], ids=repr)
 def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch, error):
     def fail(file):
         raise error
@@ -186,8 +189,8 @@ def test_a_checkpoint_that_is_missing_or_no_checkpoint_is_an_error(tmp_path):
 
 def test_a_checkpoint_of_another_version_is_an_error_and_lack_of_memory_is_not_taken_for_one(tmp_path):
     a_run(tmp_path, parts={"part": torch.nn.Linear(2, 1)}).save({"epoch": 0, "val_nll": 1.0}, {"epoch": 0})
-    for parts in ({"part": torch.nn.Linear(3, 1)}, {"part": torch.nn.Bilinear(2, 2, 1)}, {"other": torch.nn.Linear(2, 1)},
-                  {"part": torch.optim.Adam(torch.nn.Linear(2, 1).parameters())}):
+    for parts in ({"part": torch.nn.Linear(3, 1)}, {"part": torch.nn.Bilinear(2, 2, 1)},
+                  {"other": torch.nn.Linear(2, 1)}, {"part": torch.optim.Adam(torch.nn.Linear(2, 1).parameters())}):
         with pytest.raises(RunError, match="of another version of this code: start anew with --overwrite"):
             a_run(tmp_path, parts=parts, resume=True)
 

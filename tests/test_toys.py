@@ -137,7 +137,8 @@ def test_the_modes_of_the_mixture_are_equally_far_apart_in_any_dimension_and_no_
     for dim in (2, 8, 64):
         p = mixture(dim)
         distances = torch.pdist(p.means)
-        assert distances.min().item() == pytest.approx(10) and distances.max().item() == pytest.approx(10 * math.sqrt(2))
+        assert distances.min().item() == pytest.approx(10)
+        assert distances.max().item() == pytest.approx(10 * math.sqrt(2))
         assert p.means.abs().max() <= 5 / math.sqrt(dim // 2) + 1e-9
     torch.testing.assert_close(p.weights, torch.tensor([0.1, 0.2, 0.3, 0.4]))
 

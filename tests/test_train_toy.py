@@ -39,8 +39,17 @@ fails = failing(main)
 @pytest.fixture(scope="module")
 def everything(tmp_path_factory):
     """Every objective on every toy, the pictures coarse.   -> the folder of the runs, what they printed"""
-    out, printed, save = tmp_path_factory.mktemp("everything"), io.StringIO(), Figure.savefig
+    out, printed = tmp_path_factory.mktemp("everything"), io.StringIO()
+    save, log_prob, known = Figure.savefig, Toy.log_prob, {}
+
+    def once(self, x):  # the pictures of a toy show its density at the same points
+        key = (self.center.numpy().tobytes(), x.detach().numpy().tobytes())
+        if x.requires_grad or key not in known:
+            known[key] = log_prob(self, x)
+        return known[key]
+
     with contextlib.redirect_stdout(printed), pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Toy, "log_prob", once)
         patched.setattr(Figure, "savefig", lambda self, file, format, dpi: save(self, file, format=format, dpi=40))
         main(arguments(out, "--data", "all", "--loss", "all"))
     return out, printed.getvalue()
