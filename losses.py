@@ -27,8 +27,7 @@ def ml(log_prob, x):
 def sml(energy, x, x_model):
     """Maximum likelihood from samples: E_data[ E(x) ] - E_model[ E(x') ].   Poster, Eq. (4).
 
-    Its gradient is that of `ml`, because ∇_θ log Z = -E_model[ ∇_θ E(x') ]. Its value is not a likelihood.
-    x_model (B', …) are samples of the model, held constant.
+    Its gradient is that of `ml`, because ∇_θ log Z = -E_model[ ∇_θ E(x') ]. x_model (B', …) are samples of the model.
     """
     return energy(x).mean() - energy(x_model.detach()).mean()
 
@@ -46,7 +45,7 @@ def sm(energy, x):
 def ssm(energy, x, v=None):
     """Sliced score matching: E[ ½‖∇E‖² - vᵀ∇²E v ]   (Song et al. 2019, variance-reduced form; poster, Eq. (5)).
 
-    v like x: random signs (Rademacher). Any v with E[v vᵀ] = I is right.
+    v like x: random signs (Rademacher); any v with E[v vᵀ] = I is right.
     """
     v = rademacher(x) if v is None else v
     x, grad = _grad(energy, x)
@@ -72,7 +71,6 @@ def dsm(energy, x, sigma, noise=None, pooled=False):
     """Denoising score matching: E[ ½‖∇E(x̃) + (x - x̃)/σ²‖² ], x̃ = x + σ·noise   (Vincent 2011; poster, Eq. (7)).
 
     noise like x, standard normal. The minimiser is the data density smoothed by N(0, σ²I).
-
     ours: with `pooled`, the target x is replaced by the mean of the batch given x̃, Σ_j w_j x_j with
     w_j ∝ exp( -‖x̃ - x_j‖² / 2σ² ). The expected gradient is the same, because x̃ came from x_j with probability w_j.
     The variance is smaller where points lie closer than σ. Source of the idea: Xu et al. (2023), stable target field.
@@ -83,7 +81,8 @@ def dsm(energy, x, sigma, noise=None, pooled=False):
         products = x_noisy.flatten(1) @ x.flatten(1).T  # (B, B); ‖x̃‖² is constant in each row and cancels
         w = torch.softmax((products - 0.5 * _dot(x, x)) / sigma**2, dim=1)
         noise = (x_noisy - (w @ x.flatten(1)).view_as(x)) / sigma
-    _, grad = _grad(energy, x_noisy)
+    x_noisy = x_noisy.detach().requires_grad_()
+    grad, = torch.autograd.grad(energy(x_noisy).sum(), x_noisy, create_graph=True)  # ∇E(x̃)
     return 0.5 * (grad - noise / sigma).square().flatten(1).sum(1).mean()
 
 
@@ -99,7 +98,7 @@ def on_sphere(x, radius):
 
 
 def _grad(energy, x):
-    """A copy of x that is a leaf, and ∇E at it as a function of it and of the parameters.   -> like x, like x"""
+    """A copy of x that is a leaf, and ∇E there as a function of it and of the parameters.   -> like x, like x"""
     x = x.detach().requires_grad_()
     return x, torch.autograd.grad(energy(x).sum(), x, create_graph=True)[0]
 
@@ -109,14 +108,12 @@ def _dot(a, b):
     return (a * b).flatten(1).sum(1)
 
 
-# --loss NAME minimises this: (model, batch, share, settings) -> (). Every process draws the random numbers of the whole
-# batch; `share` takes its share of the rows (support/processes.py).
+# --loss NAME minimises (model, batch, share, settings) -> (); `share` picks a process's rows (support/processes.py).
 OBJECTIVES = {
-    "ml":    lambda model, x, share, **_: ml(model.log_prob, share(x)),
-    "sml":   lambda model, x, share, model_samples, **_: sml(
-                 model.energy, share(x), share(model.sample(model_samples))),
-    "ssm":   lambda model, x, share, **_: ssm(model.energy, share(x), share(rademacher(x))),
-    "dsm":   lambda model, x, share, sigma, pooled=False, **_: dsm(
-                 model.energy, share(x), sigma, share(torch.randn_like(x)), pooled),
+    "ml": lambda model, x, share, **_: ml(model.log_prob, share(x)),
+    "sml": lambda model, x, share, model_samples, **_: sml(model.energy, share(x), share(model.sample(model_samples))),
+    "ssm": lambda model, x, share, **_: ssm(model.energy, share(x), share(rademacher(x))),
+    "dsm": lambda model, x, share, sigma, pooled=False, **_: dsm(
+        model.energy, share(x), sigma, share(torch.randn_like(x)), pooled),
     "fdssm": lambda model, x, share, xi, **_: fdssm(model.energy, share(x), xi, share(on_sphere(x, xi))),
 }

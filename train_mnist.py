@@ -24,7 +24,7 @@ from losses import OBJECTIVES
 from support import plots, processes, settings
 from support.fast import accelerated, fast_products
 from support.optimization import cosine, trainable, update_average
-from support.run import Run, RunError, one_line_errors, read_checkpoint
+from support.run import Run, RunError, one_line_errors
 
 
 def train(s, device):
@@ -195,25 +195,6 @@ def constant_channels_named():
         yield
     except ValueError as error:
         raise RunError(f"{error}, or take another --actnorm") from None
-
-
-def load(directory, images):
-    """A run on images of this size.   -> settings, pre-processing, flow of z, and flow of x, with its best weights
-
-    Raises RunError where there is no whole checkpoint, or one that does not fit.
-    """
-    checkpoint = read_checkpoint(directory / "checkpoint.pt")
-    config = checkpoint["config"]
-    try:
-        if config.pop("images")[1:] != list(images.shape[1:]) or config.pop("sha256") is None:
-            raise RuntimeError  # as load_state_dict would
-        s = settings.Mnist(**config)
-        pre, flow = build(s, images)
-        model = EBFlow([*pre.layers, *flow.layers], pre.shape)
-        model.load_state_dict(checkpoint["state"]["best"]["model"])
-    except (TypeError, KeyError, RuntimeError):
-        raise RunError(f"{directory} is a run on images of another size, or of another version of this code") from None
-    return s, pre, flow, model
 
 
 # ---- Evaluation ------------------------------------------------------------------------------------------------------

@@ -18,7 +18,6 @@ import sys
 import time
 from dataclasses import replace
 from itertools import product
-from pathlib import Path
 
 import torch
 from torch.nn.utils import get_total_norm
@@ -29,7 +28,7 @@ from losses import OBJECTIVES
 from support import plots, processes, settings
 from support.fast import accelerated
 from support.optimization import cosine, trainable, update_average
-from support.run import Run, RunError, one_line_errors, read_checkpoint, save_picture
+from support.run import Run, one_line_errors, save_picture
 
 
 def train(s, device):
@@ -104,18 +103,6 @@ def noise_level(s, progress):
     and follows them as the noise falls. Maximum likelihood ends lower on the swirl with some noise, too.
     """
     return Toy.smoothing * (s.start_smoothing / Toy.smoothing) ** max(0.0, 1 - progress / s.anneal)
-
-
-def load(directory):
-    """The flow of a run with its best weights. Raises RunError where there is no whole checkpoint that fits."""
-    checkpoint = read_checkpoint(Path(directory) / "checkpoint.pt")
-    config = checkpoint["config"]
-    try:
-        flow = toy_flow(blocks=config["blocks"], width=config["width"])
-        flow.load_state_dict(checkpoint["state"]["best"]["model"])
-    except (KeyError, RuntimeError):
-        raise RunError(f"{directory} is no run of train_toy.py, or one of another version of this code") from None
-    return flow
 
 
 def truth(toy, n, seed, device):

@@ -19,9 +19,9 @@ from pathlib import Path
 
 import torch
 
-import train_toy
 from data import TOYS
 from experiments import record
+from experiments.trained import load_toy
 from losses import OBJECTIVES
 from support import plots, settings
 from support.run import RunError, one_line_errors, read_metrics, save_picture
@@ -91,7 +91,7 @@ def main(argv=None):
         cells = {}
         for run, directory in zip(runs, a.runs):
             if (directory / "checkpoint.pt").exists():
-                flow = train_toy.load(directory)
+                flow = load_toy(directory)
                 run["kl_of_shares"] = kl_of_shares(TOYS[run["data"]](), flow)
                 cells.setdefault((run["data"], run["loss"]), (flow, {"test_kl": run["kl"]}))
         a.results.mkdir(exist_ok=True)

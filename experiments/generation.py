@@ -18,14 +18,14 @@ import torch
 from matplotlib.figure import Figure
 
 from data import MNIST, dequantize, mnist
+from experiments.trained import load_mnist
 from sampling import SamplingError, mala, tune
 from support.run import one_line_errors, save_picture
-from train_mnist import load
 
 
 def experiment(a):
     train_set, _, test_set = mnist(a.data)
-    s, pre, flow, model = load(a.run, train_set)
+    s, pre, flow, model = load_mnist(a.run, train_set)
     torch.manual_seed(a.seed)
     x = torch.randn(a.chains, *flow.shape)
     moments, columns, done, step_size = [10**k for k in range(1, 10) if 10**k < a.steps] + [a.steps], [x], 0, 1e-3

@@ -19,10 +19,9 @@ import torch
 from tqdm import tqdm
 
 import losses
-import train_mnist
-import train_toy
 from data import MNIST, TOYS, DataError, Toy, dequantize, mnist
 from experiments import machine, record
+from experiments.trained import load_mnist, load_toy
 from support.optimization import trainable
 from support.run import RunError, one_line_errors, read_checkpoint
 
@@ -52,11 +51,11 @@ def finished(directory, data):
     config = read_checkpoint(directory / "checkpoint.pt")["config"]
     if config.get("data") in TOYS and "blocks" in config:
         toy = TOYS[config["data"]]()
-        return train_toy.load(directory), lambda n: toy.points(n, "cpu"), Toy.smoothing, None
+        return load_toy(directory), lambda n: toy.points(n, "cpu"), Toy.smoothing, None
     if "arch" not in config or not (config["map"] and config.get("sigma")):
         raise RunError(f"{directory} is no run of train_toy.py, nor one of train_mnist.py by score matching with noise")
     images = mnist(data)[0]
-    s, pre, flow, _ = train_mnist.load(directory, images)
+    s, pre, flow, _ = load_mnist(directory, images)
 
     def draw(n):
         return pre(dequantize(images[torch.randint(len(images), (n,))]).view(n, *pre.shape))

@@ -21,9 +21,9 @@ from matplotlib.figure import Figure
 from data import MNIST, dequantize, mnist
 from ebflow import EBFlow
 from experiments import record
+from experiments.trained import load_mnist
 from sampling import SamplingError, impute, tune
 from support.run import one_line_errors, save_picture
-from train_mnist import load
 
 
 def masks(images):
@@ -68,7 +68,7 @@ def main(argv=None):
 
 def experiment(a):
     train_set, _, test_set = mnist(a.data)
-    s, pre, flow, _ = load(a.run, train_set)
+    s, pre, flow, _ = load_mnist(a.run, train_set)
     # The first three layers act on each pixel alone. Whitening, if any, does not, so it belongs to the model here.
     pixelwise, model = EBFlow(pre.layers[:3], pre.shape), EBFlow([*pre.layers[3:], *flow.layers], pre.shape)
     torch.manual_seed(a.seed)

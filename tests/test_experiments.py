@@ -20,6 +20,7 @@ from ebflow import EBFlow, fc_flow, toy_flow
 from experiments import (ablation, depth, determinant, generation, gradient_variance, imputation, linear_masks, race,
                          rivals, toys)
 from experiments import mnist as mnist_table
+from experiments.trained import load_mnist
 from layers import ActNorm, FullyConnected
 from losses import OBJECTIVES
 from support import plots, settings
@@ -93,7 +94,7 @@ def test_imputation_and_generation_run_on_a_trained_model(tmp_path, capsys, arch
     generation.main([*shared, "--chains", "3", "--steps", "60"])
     assert (tmp_path / f"generation-{arch}-{loss}.png").stat().st_size > 1000
     printed = capsys.readouterr().out
-    _, pre, flow, _ = train_mnist.load(tmp_path / "run", mnist(data)[0])
+    _, pre, flow, _ = load_mnist(tmp_path / "run", mnist(data)[0])
     energy = flow.energy(pre(dequantize(mnist(data)[2]).view(-1, *flow.shape))).mean().item()
     assert "acceptance" in printed
     assert float(printed.split("test images    energy")[1]) == pytest.approx(energy, rel=0.1)

@@ -24,6 +24,7 @@ import train_mnist
 from conftest import assert_same_bits, checkpoint, failing, stop_after, timeless
 from data import dequantize, mnist
 from ebflow import EBFlow, fc_flow, glow_flow, logit_preprocessing
+from experiments.trained import load_mnist
 from layers import ActNorm, AffineCoupling, LinearLayer
 from losses import OBJECTIVES
 from support import settings
@@ -32,7 +33,7 @@ from support.optimization import cosine, trainable, update_average
 from support.run import PICTURES, Run, RunError
 from support.run import read_metrics as rows
 from test_data import small_data_set, write_idx
-from train_mnist import build, evaluate, load, main, make_step
+from train_mnist import build, evaluate, main, make_step
 
 ROOT = Path(__file__).parent.parent
 
@@ -108,7 +109,7 @@ def test_a_run_of_every_objective_leaves_its_files_and_improves(data, finished, 
     figures = dict(line.split(maxsplit=1) for line in printed.splitlines()[-6:])
     assert figures["test_nll"] == f"{last['test_nll']:.4f}" and figures["best_epoch"] == str(best["epoch"])
     splits = mnist(data)
-    model = load(out, splits[0])[-1]  # the test split is read with the weights of the best epoch
+    model = load_mnist(out, splits[0])[-1]  # the test split is read with the weights of the best epoch
     assert evaluate("val", model, splits[1])["val_nll"] == pytest.approx(best["val_nll"])
     assert evaluate("test", model, splits[2])["test_nll"] == pytest.approx(last["test_nll"])
     assert json.loads((out / "config.json").read_text())["loss"] == loss
@@ -124,7 +125,7 @@ def test_a_run_of_every_other_architecture_and_objective_leaves_its_files_and_im
     assert len(metrics) == 5 and (tmp_path / "samples.png").exists()
     assert min(row["val_nll"] for row in metrics[1:]) < metrics[0]["val_nll"]
     splits = mnist(data)
-    s, pre, flow, model = load(tmp_path, splits[0])  # what the experiments start from
+    s, pre, flow, model = load_mnist(tmp_path, splits[0])  # what the experiments start from
     assert (s.arch, s.loss, s.lr) == (arch, loss, 1e-3)
     assert evaluate("test", model, splits[2])["test_nll"] == pytest.approx(metrics[-1]["test_nll"])
     x = torch.full((1, 1, 4, 4), 9.0)
@@ -366,9 +367,9 @@ def test_control_c_is_one_line_and_the_run_can_go_on(data, tmp_path, no_pictures
             main(arguments(data, tmp_path))
     finally:
         signal.signal(signal.SIGINT, before)
+    assert exit.value.code == 130 and len(rows(tmp_path)) == 2
     line = capsys.readouterr().err.strip()
-    assert exit.value.code == 130 and line == "stopped: what was written is kept; a training run continues with --resume"
-    assert len(rows(tmp_path)) == 2
+    assert line == "stopped: what was written is kept; a training run continues with --resume"
     main(arguments(data, tmp_path, "--resume"))
     assert len(rows(tmp_path)) == 3
 
@@ -766,7 +767,7 @@ def test_the_averaged_weights_have_a_last_actnorm_at_their_own_moments(data, ima
     for actnorm in ("moments", "trained"):
         main(arguments(data, tmp_path / actnorm, *GLOW, "--lr", "1e-2", "--epochs", "8", "--normalize", "center",
                        "--actnorm", actnorm))
-        _, pre, flow, _ = load(tmp_path / actnorm, images)
+        _, pre, flow, _ = load_mnist(tmp_path / actnorm, images)
         worst[actnorm] = off(actnorm_outputs(flow, pre(dequantize(images)))[-1:])
     assert worst["moments"] < 0.1 < 0.3 < worst["trained"]
 
@@ -776,7 +777,7 @@ def test_a_batch_without_moments_and_a_run_of_other_images_are_one_line(data, tm
     assert "constant channel" in fails(capsys, *arguments(data, tmp_path / "one", *small, "--batch-size", "1"))
     main(arguments(data, tmp_path / "run", *small))
     with pytest.raises(RunError, match="images of another size"):
-        load(tmp_path / "run", torch.zeros(10, 1, 8, 8, dtype=torch.uint8))
+        load_mnist(tmp_path / "run", torch.zeros(10, 1, 8, 8, dtype=torch.uint8))
 
 
 def test_a_glow_without_actnorms_is_one_line(data, tmp_path, capsys):

@@ -16,12 +16,13 @@ import losses
 import train_toy
 from data import TOYS, Toy
 from ebflow import EBFlow, toy_flow
+from experiments.trained import load_toy
 from layers import FullyConnected
 from losses import OBJECTIVES
 from support import plots, settings
 from support.optimization import trainable
 from support.run import Run, RunError, read_metrics
-from train_toy import divergences, load, main, make_step, noise_level, parse, truth
+from train_toy import divergences, main, make_step, noise_level, parse, truth
 
 FILES = {"checkpoint.pt", "config.json", "curves.png", "metrics.jsonl", "density.png"}
 TEST = ("test_nll", "test_kl", "test_kl_se", "test_fisher", "test_fisher_se")
@@ -145,7 +146,7 @@ def test_the_final_figures_are_those_of_the_flow_that_is_loaded_and_are_printed_
     for directory in out.glob("*-*"):
         last = read_metrics(directory)[-1]
         toy = TOYS[directory.name.split("-")[0]]()
-        again = divergences("test", load(directory), *truth(toy, 100, -2, "cpu"))
+        again = divergences("test", load_toy(directory), *truth(toy, 100, -2, "cpu"))
         assert {name: last[name] for name in TEST} == again and last["test_kl"] > 0
         assert all(f"{name:24}{last[name]:.4f}" in lines for name in TEST)
         assert f"{'best_epoch':24}{last['best_epoch']}" in lines
@@ -302,7 +303,7 @@ def test_the_weights_of_the_best_epoch_are_kept_as_they_were(tmp_path, monkeypat
     assert len(weights["val"]) == 4
     for name, then in weights["val"][1].items():
         assert torch.equal(best["model"][name], then) and torch.equal(tested[name], then)
-        assert torch.equal(load(tmp_path).state_dict()[name], then)
+        assert torch.equal(load_toy(tmp_path).state_dict()[name], then)
     assert any(not torch.equal(then, weights["val"][3][name]) for name, then in weights["val"][1].items())
 
 
@@ -397,10 +398,10 @@ def test_a_run_that_diverges_names_the_step_and_its_own_flags(tmp_path, capsys, 
 
 def test_what_is_no_run_of_a_toy_is_an_error_of_one_line(everything, tmp_path):
     with pytest.raises(RunError, match="cannot read"):
-        load(tmp_path)
+        load_toy(tmp_path)
     saved = checkpoint(everything[0] / "sine-ml")
     for change in ({"config": {"loss": "ml"}}, {"config": saved["config"] | {"width": 9}}, {"state": {}}):
         torch.save(saved | change, tmp_path / "checkpoint.pt")
         with pytest.raises(RunError, match="is no run of train_toy.py") as error:
-            load(tmp_path)
+            load_toy(tmp_path)
         assert "\n" not in str(error.value)
