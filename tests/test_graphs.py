@@ -15,7 +15,7 @@ from support.fast import Graphed, accelerated, compiled
 from support.optimization import trainable
 from support.run import RunError
 
-FLOWS = {"fc": lambda: fc_flow(4, bend=1.0), "cnn": lambda: cnn_flow((1, 2, 2), kernel_size=3, blocks=2, diagonal=0.6),
+FLOWS = {"fc": lambda: fc_flow(4, bend=1.0), "cnn": lambda: cnn_flow((1, 2, 2), kernel_size=3, blocks=1, diagonal=0.6),
          "glow": lambda: glow_flow((1, 4, 4), width=2, depth=1, floor=0.5), "toy": lambda: toy_flow(blocks=1, width=8)}
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 

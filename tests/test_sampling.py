@@ -317,9 +317,9 @@ def wide_flow():
 
 @pytest.mark.parametrize("adjusted", [True, False])
 def test_alternation_gives_distant_modes_their_weights_from_a_start_in_one_of_them(adjusted):
-    start = FAR.means[0] + torch.randn(5000, 2)
+    start = FAR.means[0] + torch.randn(4000, 2)
     # unadjusted, the step is so small that the bias, 1 % of the variance within a mode, is below the errors
-    x, report = alternate(FAR.energy, wide_flow(), start, 120, 3, 0.5 if adjusted else 0.02, adjusted)
+    x, report = alternate(FAR.energy, wide_flow(), start, 100, 3, 0.5 if adjusted else 0.02, adjusted)
     assert_is_mixture(x, FAR)
     assert (report.acceptance is None) != adjusted
     assert 0.02 < report.global_acceptance.mean() < 0.3

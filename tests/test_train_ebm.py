@@ -74,9 +74,9 @@ def bare(monkeypatch):
 
 def test_with_the_flow_the_mode_weights_come_out_right_and_with_langevin_alone_they_do_not(tmp_path, bare):
     """A quarter of the default run, from the same start: as many chains in each of four modes of weights 0.1 to 0.4."""
-    fast = ["--epochs", "12", "--steps", "25", "--chains", "400", "--batch-size", "400", "--energy-width", "64",
-            "--lr", "5e-3", "--blocks", "5", "--width", "32", "--start-steps", "200", "--flow-lr", "4e-3",
-            "--test-points", "2000", "--mixing-rounds", "50", "--local-steps", "4"]
+    fast = ["--epochs", "12", "--steps", "25", "--chains", "250", "--batch-size", "250", "--energy-width", "64",
+            "--lr", "5e-3", "--blocks", "3", "--width", "32", "--start-steps", "200", "--flow-lr", "4e-3",
+            "--test-points", "800", "--mixing-rounds", "50", "--local-steps", "4"]
     metrics = {}
     for sampler in ("flow", "langevin"):
         main(arguments(tmp_path / sampler, "--sampler", sampler, *fast))
