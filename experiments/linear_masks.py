@@ -85,7 +85,7 @@ def masked_flow(masks, blocks=10):
     return EBFlow([*layers, *linear()], (DIM,))
 
 
-def fit(masks, steps, batch_size, lr, seed, every, label):
+def train(masks, steps, batch_size, lr, seed, every, label):
     """Maximum likelihood.   -> NLL of fresh draws after every `every` steps"""
     torch.manual_seed(seed)
     flow = masked_flow(masks)
@@ -118,7 +118,7 @@ def main(argv=None):
     torch.manual_seed(0)
     floor, error = entropy()
     every = max(1, a.steps // 100)
-    curves = {name: [fit(masks, a.steps, a.batch_size, a.lr, seed, every, name) for seed in range(a.seeds)]
+    curves = {name: [train(masks, a.steps, a.batch_size, a.lr, seed, every, name) for seed in range(a.seeds)]
               for name, masks in LAYERS.items()}
 
     figure = Figure(figsize=(6.5, 4.2), layout="constrained")
