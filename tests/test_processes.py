@@ -79,11 +79,12 @@ def two(tmp_path_factory):
     (folder / "driver.py").write_text(DRIVER)
     arguments = [runs["dsm"], runs["sml"], [*runs["ssm"], "--resume"], runs["dsm"]]
     command = ["-m", "torch.distributed.run", "--nproc_per_node=2", str(folder / "driver.py"), json.dumps(arguments)]
-    done = subprocess.run([sys.executable, *command], capture_output=True, text=True,
-                          env=os.environ | {"PYTHONPATH": str(ROOT)})
-    for name, flags in runs.items():
+    process = subprocess.Popen([sys.executable, *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               env=os.environ | {"PYTHONPATH": str(ROOT)})
+    for name, flags in runs.items():  # in the meantime
         train_mnist.main([*flags, "--out", str(folder / f"{name} by one")])
-    return folder, done
+    printed, errors = process.communicate()
+    return folder, subprocess.CompletedProcess(command, process.returncode, printed, errors)
 
 
 @pytest.mark.parametrize("name", ["dsm", "sml", "ssm"])

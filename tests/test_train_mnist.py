@@ -80,6 +80,56 @@ def spied(monkeypatch, loss):
     return seen
 
 
+# ---- Processes of their own ----------------------------------------------------------------------------------------
+
+KILL = """
+import os, signal, sys
+import train_mnist
+calls = iter(range(1, 10**6))
+module, name, moment = {"in the middle of an epoch": (train_mnist, "update_average", 33),
+                        "while it writes": (os, "replace", 10)}[sys.argv[1]]
+function = getattr(module, name)
+def killing(*arguments):
+    if next(calls) == moment:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return function(*arguments)
+setattr(module, name, killing)
+train_mnist.main(sys.argv[2:])
+"""
+# VmHWM, not ru_maxrss: that one a child takes over from its parent, which holds what the other tests left.
+MEMORY = """
+import sys, torch, train_mnist
+step, calls = torch.optim.Adam.step, []
+def stopping(self, *arguments):
+    calls.append(1)
+    if len(calls) == 2:
+        sys.exit(print(open("/proc/self/status").read()))
+    return step(self, *arguments)
+torch.optim.Adam.step = stopping
+train_mnist.main(sys.argv[1:])
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def children(data, tmp_path_factory):
+    """The processes that three tests are about, started now, so that they run beside the other tests.
+
+    -> {name: (process, directory of its run)}
+    """
+    started = {}
+    for name in ("in the middle of an epoch", "while it writes", "memory"):
+        out = tmp_path_factory.mktemp("child")
+        command = [KILL, name, *arguments(data, out, "--epochs", "12")]
+        if name == "memory":
+            command = [MEMORY, "--epochs", "1", "--batch-size", "2500", "--out", str(out), "--device", "cpu"]
+        started[name] = subprocess.Popen([sys.executable, "-c", *command], cwd=ROOT, text=True, stdout=subprocess.PIPE,
+                                         stderr=subprocess.PIPE), out
+    yield started
+    for process, _ in started.values():
+        process.kill()
+        process.communicate()
+
+
 # ---- What a run leaves -----------------------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
@@ -177,36 +227,22 @@ def undisturbed(data, tmp_path_factory):
     return out
 
 
-KILL = """
-import os, signal, sys
-import train_mnist
-calls = iter(range(1, 10**6))
-module, name, moment = {"in the middle of an epoch": (train_mnist, "update_average", 33),
-                        "while it writes": (os, "replace", 10)}[sys.argv[1]]
-function = getattr(module, name)
-def killing(*arguments):
-    if next(calls) == moment:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return function(*arguments)
-setattr(module, name, killing)
-train_mnist.main(sys.argv[2:])
-"""
-
-
 @pytest.mark.parametrize("moment, epochs", [("before the first checkpoint", -1), ("after the start", 0),
                                             ("after 1 epoch", 1), ("in the middle of an epoch", 6),
                                             ("while it writes", 3), ("between its checkpoint and its metrics", 4),
                                             ("before the pictures", 12)])
-def test_a_run_that_is_killed_and_resumed_ends_exactly_like_an_undisturbed_one(data, undisturbed, tmp_path, monkeypatch,
-                                                                               request, moment, epochs):
+def test_a_run_that_is_killed_and_resumed_ends_exactly_like_an_undisturbed_one(data, undisturbed, tmp_path, children,
+                                                                               monkeypatch, request, moment, epochs):
     pictures = {"curves.png", "samples.png"}
     if moment != "before the pictures":
         request.getfixturevalue("no_pictures")
         pictures = set()
     run = arguments(data, tmp_path, "--epochs", "12")
     if moment in ("in the middle of an epoch", "while it writes"):
-        killed = subprocess.run([sys.executable, "-c", KILL, moment, *run], cwd=ROOT, capture_output=True, text=True)
-        assert killed.returncode == -signal.SIGKILL, killed.stderr
+        process, tmp_path = children[moment]
+        run = arguments(data, tmp_path, "--epochs", "12")
+        error = process.communicate()[1]
+        assert process.returncode == -signal.SIGKILL, error
         assert (tmp_path / ".checkpoint.pt.part").exists() == (moment == "while it writes")
     else:
         with monkeypatch.context() as patched:
@@ -380,22 +416,12 @@ def test_control_c_is_one_line_and_the_run_can_go_on(data, tmp_path, no_pictures
     assert len(rows(tmp_path)) == 3
 
 
-def test_training_on_mnist_stays_under_one_and_a_half_gibibytes(tmp_path):
+def test_training_on_mnist_stays_under_one_and_a_half_gibibytes(children):
     """Up to the second step: what follows has the same sizes."""
-    code = """
-import sys, torch, train_mnist
-step, calls = torch.optim.Adam.step, []
-def stopping(self, *arguments):
-    calls.append(1)
-    if len(calls) == 2:
-        sys.exit(print(open("/proc/self/status").read()))
-    return step(self, *arguments)
-torch.optim.Adam.step = stopping
-train_mnist.main(sys.argv[1:])
-"""  # VmHWM, not ru_maxrss: that one a child takes over from its parent, which holds what the other tests left
-    args = ["--epochs", "1", "--batch-size", "2500", "--out", str(tmp_path), "--device", "cpu"]
-    result = subprocess.run([sys.executable, "-c", code, *args], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert int(re.search(r"VmHWM:\s*(\d+) kB", result.stdout).group(1)) < 1.5 * 2**20
+    process, _ = children["memory"]
+    printed, error = process.communicate()
+    assert process.returncode == 0, error
+    assert int(re.search(r"VmHWM:\s*(\d+) kB", printed).group(1)) < 1.5 * 2**20
 
 
 # ---- A training step -------------------------------------------------------------------------------------------------
