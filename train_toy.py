@@ -1,23 +1,18 @@
 """Trains an energy-based flow on a density in the plane that is known exactly, and measures it against the truth.
 
     python train_toy.py --data swirl --loss ssm
-    python train_toy.py --data all --loss all
 
 Both divergences are means over fresh points x of the truth p, so they need no estimate of a density:
 
     KL(p‖p_θ) = E_p[ log p(x) - log p_θ(x) ]          Fisher(p‖p_θ) = ½ E_p[ ‖∇log p(x) - ∇log p_θ(x)‖² ]
 
 One run fills one directory: density.png, curves.png, metrics.jsonl, config.json, and checkpoint.pt, from which
---resume continues. "all" makes one of them for each combination, and a picture of all in grid.png. Recipes and
-settings: support/settings.py.
+--resume continues. Recipes and settings: support/settings.py.
 """
 
 import copy
 import math
-import sys
 import time
-from dataclasses import replace
-from itertools import product
 
 import torch
 from torch.nn.utils import get_total_norm
@@ -28,11 +23,10 @@ from losses import OBJECTIVES
 from support import plots, processes, settings
 from support.fast import accelerated
 from support.optimization import cosine, trainable, update_average
-from support.run import Run, one_line_errors, save_picture
+from support.run import Run, one_line_errors
 
 
 def train(s, device):
-    """One objective on one toy.   -> the flow of the best epoch, and the last row of the metrics"""
     toy = TOYS[s.data]()
     torch.manual_seed(s.seed)
     flow = toy_flow(blocks=s.blocks, width=s.width).to(device)
@@ -68,7 +62,6 @@ def train(s, device):
         run.finish(divergences("test", flow, *test) | {"best_epoch": best["epoch"]})
         run.picture("curves.png", plots.curves(run.metrics, s.loss))
         run.picture("density.png", plots.toy(flow, toy, test[0]))
-    return flow, run.metrics[-1]
 
 
 def make_step(s, flow, averaged):
@@ -125,31 +118,10 @@ def divergences(split, model, x, log_prob, score):
     return row
 
 
-def parse(argv=None):
-    """-> the settings of each run that was asked for, and the folder of them all"""
-    argv = sys.argv[1:] if argv is None else argv
-    asked, runs = settings.parse(settings.Toy, argv, strict=False), []
-    toys = TOYS if asked.data == "all" else [asked.data]
-    objectives = OBJECTIVES if asked.loss == "all" else [asked.loss]
-    cells = list(product(toys, objectives))
-    for toy, loss in cells:
-        s = settings.parse(settings.Toy, [*argv, "--data", toy, "--loss", loss], strict=len(cells) == 1)
-        if len(cells) > 1:
-            out = asked.out / f"{toy}-{loss}"
-            s = replace(s, out=out, resume=s.resume and (out / "config.json").exists())  # what did not start yet starts
-        runs.append(s)
-    return runs, asked.out
-
-
 def main(argv=None):
-    runs, out = parse(argv)
-    with one_line_errors(torch.linalg.LinAlgError), processes.joined(runs[0].device) as device:
-        cells = {}
-        for s in runs:
-            cells[s.data, s.loss] = train(s, device)
-        if len(runs) > 1:
-            toys, objectives = (list(dict.fromkeys(keys)) for keys in zip(*cells))
-            save_picture(out / "grid.png", plots.toys(cells, {name: TOYS[name]() for name in toys}, objectives))
+    s = settings.parse(settings.Toy, argv)
+    with one_line_errors(torch.linalg.LinAlgError), processes.joined(s.device) as device:
+        train(s, device)
 
 
 if __name__ == "__main__":

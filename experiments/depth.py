@@ -21,9 +21,10 @@ import torch
 
 from data import TOYS
 from experiments import record
+from experiments.toys import grid
 from experiments.trained import load_toy
 from losses import OBJECTIVES
-from support import plots, settings
+from support import settings
 from support.run import RunError, one_line_errors, read_metrics, save_picture
 
 
@@ -101,7 +102,7 @@ def main(argv=None):
         if cells and not a.add:
             truths = {name: toy() for name, toy in TOYS.items() if any(name in cell for cell in cells)}
             objectives = [loss for loss in OBJECTIVES if any(loss in cell for cell in cells)]
-            save_picture(a.results / "depth.png", plots.toys(cells, truths, objectives))
+            save_picture(a.results / "depth.png", grid(cells, truths, objectives))
         print("\n".join(rows(runs)))
 
 

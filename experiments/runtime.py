@@ -54,7 +54,7 @@ def build(arch, shape):
 def settings_of(arch, loss, batch_size):
     """The default settings of an objective. The learning rate is so small that the parameters stay what they are."""
     return settings.parse(settings.Mnist, ["--arch", arch, "--loss", loss, "--lr", "1e-8",
-                                           "--model-samples", str(batch_size)], strict=False)  # which is of sml alone
+                                           *["--model-samples", str(batch_size)] * (loss == "sml")])
 
 
 def make_gradient(s, flow):

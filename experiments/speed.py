@@ -69,8 +69,8 @@ def timed(function, device):
 def training_step(loss, images, batch_size, device, arch="fc", *flags):
     """A step on random images, and its passes over the parameters alone.   -> () -> None, () -> None"""
     s = settings.parse(settings.Mnist, ["--arch", arch, "--loss", loss, "--batch-size", str(batch_size),
-                                        "--model-samples", str(batch_size), "--normalize", "center", "--lr", "1e-8",
-                                        *flags], strict=False)  # --model-samples is of sml alone
+                                        *["--model-samples", str(batch_size)] * (loss == "sml"),
+                                        "--normalize", "center", "--lr", "1e-8", *flags])
     pre, flow = train_mnist.build(s, images[:2000])
     model = EBFlow([*pre.layers, *flow.layers], pre.shape).to(device)
     averaged = copy.deepcopy(model)
@@ -150,7 +150,7 @@ def interleaved(functions, repeats, device, calls=10):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--arch", choices=[*settings.RECIPES, "toy"], default="fc")
+    parser.add_argument("--arch", choices=["fc", "cnn", "glow", "toy"], default="fc")
     parser.add_argument("--batch-size", type=int, help="by default 100, for the toys 512")
     parser.add_argument("--repeats", type=int, default=12, help="blocks of ten steps of each kind")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")

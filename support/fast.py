@@ -57,15 +57,12 @@ class Graphed:
             with torch.cuda.stream(stream):
                 for _ in range(3):  # libraries set themselves up in their first calls; that is not to be recorded
                     self.function(*self.tensors)
-                    self._forget()
+                    for p in self.parameters:
+                        p.grad = None
             torch.cuda.current_stream().wait_stream(stream)
             with torch.cuda.graph(graph):
                 self.loss = self.function(*self.tensors)
         self.graph, self.gradients = graph, [p.grad for p in self.parameters]
-
-    def _forget(self):
-        for p in self.parameters:
-            p.grad = None
 
 
 def compiled(function):

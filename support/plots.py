@@ -77,26 +77,6 @@ def toy(flow, truth, x):
     return figure
 
 
-def toys(cells, truths, objectives):
-    """Truth and models: a row for each toy, a column for each objective.   cells {(toy, objective): (flow, metrics)}"""
-    figure = Figure(figsize=(2.1 * (1 + len(objectives)), 2.3 * len(truths)), layout="constrained")
-    grid = figure.subplots(len(truths), 1 + len(objectives), squeeze=False)
-    for axes_row, (name, truth) in zip(grid, truths.items()):
-        torch.manual_seed(0)
-        x = truth.sample(2000)
-        top = truth.log_prob(x).max().exp().item()
-        image(axes_row[0], lambda x: truth.log_prob(x).exp(), x, vmin=0, vmax=top)
-        axes_row[0].set_title(f"{name}, truth", fontsize="small")
-        for axes, loss in zip(axes_row[1:], objectives):
-            if (name, loss) not in cells:
-                axes.axis("off")
-                continue
-            flow, row = cells[name, loss]
-            image(axes, lambda x: flow.log_prob(x).exp(), x.to(next(flow.parameters())), vmin=0, vmax=top)
-            axes.set_title(f"{loss}: KL {row['test_kl']:.4f}", fontsize="small")
-    return figure
-
-
 # ---- Energies with a flow as their sampler ---------------------------------------------------------------------------
 
 @torch.no_grad()

@@ -82,7 +82,7 @@ class Mnist(Settings):
     compile: bool = setting(False, "torch.compile the gradient, on a CPU", decides=False)
 
     def recipe(self):
-        return (PAPER if self.paper else RECIPES)[self.arch].get(self.loss)
+        return (PAPER if self.paper else RECIPES).get(f"{self.arch} {self.loss}")
 
 
 CNN_ML = dict(epochs=5, lr=1e-2, normalize="whiten", diagonal=0.6, bend=1.0)
@@ -90,27 +90,21 @@ CNN = dict(epochs=6, lr=5e-4, normalize="whiten", diagonal=-0.6, bend=0.0, actno
 GLOW_ML = dict(epochs=5, lr=1e-3, clip=500.0, actnorm="trained")
 GLOW = dict(epochs=5, lr=1e-3, normalize="whiten", floor=0.5, actnorm="moments")
 RECIPES = {  # ours
-    "fc": {
-        "ml":    dict(epochs=40, batch_size=200, lr=6e-3, bend=0.0),
-        "sml":   dict(epochs=25, batch_size=200, lr=3e-3, bend=0.0, model_samples=400),
-        "ssm":   dict(epochs=10, normalize="whiten", sigma=0.0),
-        "dsm":   dict(),
-        "fdssm": dict(epochs=40, batch_size=500, normalize="whiten", sigma=0.0),
-    },
-    "cnn": {
-        "ml":    CNN_ML,
-        "sml":   CNN_ML,
-        "ssm":   CNN | dict(epochs=8),
-        "dsm":   CNN,
-        "fdssm": CNN | dict(epochs=30, batch_size=1000, lr=1e-3, xi=0.5),
-    },
-    "glow": {
-        "ml":    GLOW_ML,
-        "sml":   GLOW_ML | dict(lr=3e-4, floor=0.5),
-        "ssm":   GLOW | dict(clip=100.0),
-        "dsm":   GLOW,
-        "fdssm": GLOW,
-    },
+    "fc ml":      dict(epochs=40, batch_size=200, lr=6e-3, bend=0.0),
+    "fc sml":     dict(epochs=25, batch_size=200, lr=3e-3, bend=0.0, model_samples=400),
+    "fc ssm":     dict(epochs=10, normalize="whiten", sigma=0.0),
+    "fc dsm":     dict(),
+    "fc fdssm":   dict(epochs=40, batch_size=500, normalize="whiten", sigma=0.0),
+    "cnn ml":     CNN_ML,
+    "cnn sml":    CNN_ML,
+    "cnn ssm":    CNN | dict(epochs=8),
+    "cnn dsm":    CNN,
+    "cnn fdssm":  CNN | dict(epochs=30, batch_size=1000, lr=1e-3, xi=0.5),
+    "glow ml":    GLOW_ML,
+    "glow sml":   GLOW_ML | dict(lr=3e-4, floor=0.5),
+    "glow ssm":   GLOW | dict(clip=100.0),
+    "glow dsm":   GLOW,
+    "glow fdssm": GLOW,
 }
 PAPER_FC = dict(epochs=50, optimizer="rmsprop", schedule="steps", s=0.5, normalize="none", diagonal=-1.0, bias=1.0,
                 bend=None)
@@ -118,27 +112,21 @@ PAPER_CNN = dict(PAPER_FC, s=0.75, bias=0.01)
 PAPER_GLOW = dict(epochs=5, lr=1e-5, weight_decay=0.1, schedule="steps", decay=1.0, clip=500.0, normalize="none",
                   actnorm="trained", width=512, depth=16)
 PAPER = {
-    "fc": {
-        "ml":    PAPER_FC,
-        "sml":   PAPER_FC,
-        "ssm":   PAPER_FC | dict(sigma=0.0),
-        "dsm":   PAPER_FC | dict(sigma=1.0),
-        "fdssm": PAPER_FC | dict(sigma=0.0, clip=5.0),
-    },
-    "cnn": {
-        "ml":    PAPER_CNN | dict(decay=0.925),
-        "sml":   PAPER_CNN | dict(decay=0.925),
-        "ssm":   PAPER_CNN | dict(sigma=0.0),
-        "dsm":   PAPER_CNN | dict(sigma=0.1),
-        "fdssm": PAPER_CNN | dict(sigma=0.0, xi=0.1, clip=5.0),
-    },
-    "glow": {
-        "ml":    PAPER_GLOW,
-        "sml":   PAPER_GLOW,
-        "ssm":   PAPER_GLOW | dict(sigma=0.0),
-        "dsm":   PAPER_GLOW | dict(sigma=0.1),
-        "fdssm": PAPER_GLOW | dict(sigma=0.0, xi=0.1),
-    },
+    "fc ml":      PAPER_FC,
+    "fc sml":     PAPER_FC,
+    "fc ssm":     PAPER_FC | dict(sigma=0.0),
+    "fc dsm":     PAPER_FC | dict(sigma=1.0),
+    "fc fdssm":   PAPER_FC | dict(sigma=0.0, clip=5.0),
+    "cnn ml":     PAPER_CNN | dict(decay=0.925),
+    "cnn sml":    PAPER_CNN | dict(decay=0.925),
+    "cnn ssm":    PAPER_CNN | dict(sigma=0.0),
+    "cnn dsm":    PAPER_CNN | dict(sigma=0.1),
+    "cnn fdssm":  PAPER_CNN | dict(sigma=0.0, xi=0.1, clip=5.0),
+    "glow ml":    PAPER_GLOW,
+    "glow sml":   PAPER_GLOW,
+    "glow ssm":   PAPER_GLOW | dict(sigma=0.0),
+    "glow dsm":   PAPER_GLOW | dict(sigma=0.1),
+    "glow fdssm": PAPER_GLOW | dict(sigma=0.0, xi=0.1),
 }
 
 
@@ -146,8 +134,8 @@ PAPER = {
 class Toy(Settings):
     """train_toy.py"""
     NAME = "toy-{data}-{loss}"
-    loss: str = setting("dsm", "objective, see losses.py", choices=(*OBJECTIVES, "all"))
-    data: str = setting("swirl", "density, see data.py", choices=("sine", "swirl", "checkerboard", "all"))
+    loss: str = setting("dsm", "objective, see losses.py", choices=OBJECTIVES)
+    data: str = setting("swirl", "density, see data.py", choices=("sine", "swirl", "checkerboard"))
     steps: int = setting(250, "steps of an epoch", above=0)
     batch_size: int = setting(512, "fresh points in a step", above=0)
     lr: float = setting(3e-3, "highest learning rate", above=0)
@@ -201,11 +189,8 @@ class Ebm(Settings):
 
 # ---- The command line ------------------------------------------------------------------------------------------------
 
-def parse(kind, argv=None, strict=True):
-    """The settings of a run: defaults of `kind`, then its recipe, then the flags. A wrong one exits with one line.
-
-    Without `strict`, flags of other objectives are dropped: the run is one of several.
-    """
+def parse(kind, argv=None):
+    """The settings of a run: defaults of `kind`, then its recipe, then the flags. A wrong one exits with one line."""
     recipe = {}
     usage = "%(prog)s [--help] [--SETTING VALUE ...]"
     for parser in argparse.ArgumentParser(usage=usage, add_help=False), argparse.ArgumentParser(usage=usage):
@@ -226,7 +211,7 @@ def parse(kind, argv=None, strict=True):
     for f in fields(s):
         value, flag = vars(s)[f.name], "--" + f.name.replace("_", "-")
         if f.metadata["of"] and f.name not in s.config():
-            if f.name in given and strict:
+            if f.name in given:
                 parser.error(f"{flag} is not a setting of {name}")
             s = replace(s, **{f.name: f.default})
             continue

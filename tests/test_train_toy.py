@@ -6,6 +6,7 @@ import io
 import json
 import math
 import shutil
+from itertools import product
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ from losses import OBJECTIVES
 from support import plots, settings
 from support.optimization import trainable
 from support.run import Run, RunError, read_metrics
-from train_toy import divergences, main, make_step, noise_level, parse, truth
+from train_toy import divergences, main, make_step, noise_level, truth
 
 FILES = {"checkpoint.pt", "config.json", "curves.png", "metrics.jsonl", "density.png"}
 TEST = ("test_nll", "test_kl", "test_kl_se", "test_fisher", "test_fisher_se")
@@ -52,7 +53,8 @@ def everything(tmp_path_factory):
     with contextlib.redirect_stdout(printed), pytest.MonkeyPatch.context() as patched:
         patched.setattr(Toy, "log_prob", once)
         patched.setattr(Figure, "savefig", lambda self, file, format, dpi: save(self, file, format=format, dpi=40))
-        main(arguments(out, "--data", "all", "--loss", "all"))
+        for toy, loss in product(TOYS, OBJECTIVES):
+            main(arguments(out / f"{toy}-{loss}", "--data", toy, "--loss", loss))
     return out, printed.getvalue()
 
 
@@ -120,10 +122,8 @@ def test_every_objective_learns(tmp_path, bare, loss):
 
 # ---- What a run leaves -----------------------------------------------------------------------------------------------
 
-def test_all_objectives_on_all_toys_leave_their_files_and_make_the_grid(everything):
+def test_all_objectives_on_all_toys_leave_their_files(everything):
     out, printed = everything
-    assert {p.name for p in out.iterdir()} == {f"{toy}-{loss}" for toy in TOYS for loss in OBJECTIVES} | {"grid.png"}
-    assert (out / "grid.png").read_bytes().startswith(b"\x89PNG")
     for toy in TOYS:
         for loss in OBJECTIVES:
             directory = out / f"{toy}-{loss}"
@@ -156,22 +156,9 @@ def test_a_finished_run_that_is_resumed_trains_nothing_again(everything, bare):
     out, _ = everything
     runs = [out / f"{toy}-ml" for toy in TOYS]
     before = [[(run / name).read_bytes() for name in ("checkpoint.pt", "metrics.jsonl")] for run in runs]
-    main(arguments(out, "--data", "all", "--loss", "ml", "--resume"))
+    for toy, run in zip(TOYS, runs):
+        main(arguments(run, "--data", toy, "--loss", "ml", "--resume"))
     assert before == [[(run / name).read_bytes() for name in ("checkpoint.pt", "metrics.jsonl")] for run in runs]
-
-
-def test_of_several_runs_those_are_resumed_that_have_started(tmp_path):
-    (tmp_path / "sine-ssm").mkdir()
-    (tmp_path / "sine-ssm" / "config.json").touch()
-    runs, out = parse(["--data", "sine", "--loss", "all", "--out", str(tmp_path), "--resume"])
-    assert out == tmp_path and [s.out for s in runs] == [tmp_path / f"sine-{loss}" for loss in OBJECTIVES]
-    assert [s.resume for s in runs] == [loss == "ssm" for loss in OBJECTIVES]
-
-
-def test_a_flag_of_one_objective_goes_to_that_one_of_several_runs():
-    runs, _ = parse(["--loss", "all", "--xi", "0.7", "--seed", "3"])
-    assert [s.config().get("xi") for s in runs] == [0.7 if loss == "fdssm" else None for loss in OBJECTIVES]
-    assert {s.seed for s in runs} == {3}
 
 
 # ---- The loop --------------------------------------------------------------------------------------------------------
@@ -242,7 +229,7 @@ EXPECTED = {  # the objectives as losses.py has them, without the table
 @pytest.mark.parametrize("loss", OBJECTIVES)
 def test_a_step_is_adams_down_the_objective_and_the_average_follows(loss):
     """Adam's first step has the length lr in every coordinate. The average is then m θ1 + (1-m) θ2 with m = 2/11."""
-    [s], _ = parse(["--loss", loss, "--lr", "1e-3"])
+    s = settings.parse(settings.Toy, ["--loss", loss, "--lr", "1e-3"])
     flow, x, sigma = toy_flow(blocks=2, width=8), torch.randn(64, 2), torch.tensor(0.7, dtype=torch.float64)
     flow.initialize(x)
     averaged = copy.deepcopy(flow)
@@ -271,7 +258,7 @@ def test_a_step_is_adams_down_the_objective_and_the_average_follows(loss):
 
 
 def test_dsm_pools_its_targets():
-    [s], _ = parse(["--loss", "dsm"])
+    s = settings.parse(settings.Toy, ["--loss", "dsm"])
     flow, x = toy_flow(blocks=2, width=8), torch.randn(64, 2)
     step, _ = make_step(s, flow, copy.deepcopy(flow))
     noise = torch.randn(64, 2, generator=torch.Generator().manual_seed(0))
@@ -311,7 +298,7 @@ def test_the_weights_of_the_best_epoch_are_kept_as_they_were(tmp_path, monkeypat
 def test_a_step_runs_on_the_meta_device(monkeypatch, loss):
     """Where there is no memory, a tensor made on another device shows. A fused Adam does not run there."""
     monkeypatch.setattr(torch.optim, "Adam", lambda parameters, lr, fused: torch.optim.SGD(parameters, lr))
-    [s], _ = parse(["--loss", loss])
+    s = settings.parse(settings.Toy, ["--loss", loss])
     flow = toy_flow(blocks=2, width=8).to("meta")
     step, _ = make_step(s, flow, copy.deepcopy(flow))
     sigma = torch.tensor(Toy.smoothing, dtype=torch.float64, device="meta")
@@ -381,7 +368,7 @@ def test_errors_are_one_line(everything, tmp_path, capsys, monkeypatch):
     assert "invalid choice: 'spiral'" in fails(capsys, "--data", "spiral")
     assert "--xi is not a setting of toy-swirl-ml" in fails(capsys, "--loss", "ml", "--xi", "0.1")
     assert "--start-smoothing must be at least 0.375" in fails(capsys, "--start-smoothing", "0.1")
-    assert "--lr must be above 0" in fails(capsys, "--loss", "all", "--lr", "0")
+    assert "--lr must be above 0" in fails(capsys, "--lr", "0")
     assert "nothing to resume" in fails(capsys, *arguments(tmp_path / "none", "--resume"))
     assert "not enough memory" in fails(capsys, *arguments(tmp_path / "large", "--width", "10000000"))
     monkeypatch.setenv("WORLD_SIZE", "2")
