@@ -151,8 +151,8 @@ def fc_flow(dim=784, alpha=0.3, diagonal=1.0, bias=0.0, bend=None):
 def cnn_flow(shape=(1, 28, 28), kernel_size=7, blocks=3, alpha=0.3, diagonal=-1.0, bias=0.01, bend=None):
     """Two unconstrained convolutions in each block, a squeeze between the blocks: the paper's CNN.
 
-    A smooth leaky ReLU follows every convolution but the last. Raises ValueError unless 2^(blocks - 1) divides H and W.
-    ours: `bend`, and biases that all start at `bias`; the paper draws them at random.
+    A smooth leaky ReLU follows every convolution but the last. Biases start at random, N(0, (bias · Xavier's std)²).
+    Raises ValueError unless 2^(blocks - 1) divides H and W. ours: `bend`.
     """
     layers, channels = [], shape[0]
     for block in range(blocks):
@@ -160,8 +160,8 @@ def cnn_flow(shape=(1, 28, 28), kernel_size=7, blocks=3, alpha=0.3, diagonal=-1.
             layers.append(Squeeze())
             channels *= 4
         for _ in range(2):
-            layers += [Convolution(channels, kernel_size, diagonal, bias),
-                       SmoothLeakyReLU(alpha, residual=True, bend=bend)]
+            layers += [Convolution(channels, kernel_size, diagonal), SmoothLeakyReLU(alpha, residual=True, bend=bend)]
+            nn.init.normal_(layers[-2].bias, std=bias / (kernel_size * channels**0.5))
     return EBFlow(layers[:-1], shape)
 
 
@@ -179,18 +179,20 @@ def toy_flow(dim=2, blocks=10, width=64):
     return EBFlow([*layers, FullyConnected(dim)], (dim,))
 
 
-def glow_flow(shape=(1, 28, 28), width=512, depth=16, blocks=2, floor=0.0):
+def glow_flow(shape=(1, 28, 28), width=512, depth=16, blocks=2, floor=0.0, tanh=False):
     """Blocks of a squeeze and `depth` × (actnorm, 1×1 convolution, affine coupling): the paper's Glow.
 
     Half of the channels pass to the prior after each block but the last. The last actnorm is the mean and variance of
     that prior. The couplings' networks have `width` channels and end in zeros, so all couplings start at one scale and
-    at shift 0. Raises ValueError unless 2^blocks divides H and W. ours: the `floor` under the scales. The published
-    flow splits channels off by a coupling of its own; its couplings have LeakyReLU(0.1) and the scale exp(2 tanh(h/2)).
+    at shift 0. With `tanh`, the couplings are the published ones, whose networks have LeakyReLU(0.1). ours: SiLU, and
+    the `floor` under the scales. The published flow splits channels off by one more coupling, which this one lacks.
+    Raises ValueError unless 2^blocks divides H and W.
     """
     def network(n, m):
         last = nn.Conv2d(width, m, 3, padding=1)
         nn.init.zeros_(last.weight), nn.init.zeros_(last.bias)
-        return nn.Sequential(nn.Conv2d(n, width, 3, padding=1), nn.SiLU(), nn.Conv2d(width, width, 1), nn.SiLU(), last)
+        bend = nn.LeakyReLU(0.1) if tanh else nn.SiLU()
+        return nn.Sequential(nn.Conv2d(n, width, 3, padding=1), bend, nn.Conv2d(width, width, 1), bend, last)
 
     layers, channels = [], shape[0]
     for block in range(blocks):
@@ -199,7 +201,7 @@ def glow_flow(shape=(1, 28, 28), width=512, depth=16, blocks=2, floor=0.0):
         active = channels // 2**block  # the first of them; the others have passed to the prior
         half, rest = active - active // 2, active // 2
         for _ in range(depth):
-            step = [ActNorm(active), Conv1x1(active), AffineCoupling(network(half, 2 * rest), floor=floor)]
+            step = [ActNorm(active), Conv1x1(active), AffineCoupling(network(half, 2 * rest), floor=floor, tanh=tanh)]
             if active < channels:
                 step = [LinearPart(step[0], active), LinearPart(step[1], active), NonlinearPart(step[2], active)]
             layers += step

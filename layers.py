@@ -350,22 +350,24 @@ class SmoothLeakyReLU(NonlinearLayer):
 class AffineCoupling(NonlinearLayer):
     """Scales and shifts one half of the channels, x_b, by a function of the other half, x_a.
 
-        h, t = network(x_a)      s = floor + (1 - floor) sigmoid(h + 2)
-        y_a = x_a                y_b = s ⊙ x_b + t                log|det J| = Σ log s
+        h, t = network(x_a)      s = floor + (1 - floor) sigmoid(h + 2),      with `tanh` s = exp(2 tanh(h / 2))
+        y_a = x_a                y_b = s ⊙ x_b + t                            log|det J| = Σ log s
 
     `network` maps (B, C_a, …) to (B, 2 C_b, …). x_a is the first half of torch.tensor_split, with `swap` the second.
-    s < 1 keeps the score from blowing up; a linear layer can undo the shrinking.   x (B, C, …) -> y (B, C, …), (B,)
+    s < 1 keeps the score from blowing up; a linear layer can undo the shrinking. `tanh` is the scale of the paper's
+    Glow.   x (B, C, …) -> y (B, C, …), (B,)
 
     ours: the `floor` under s. The inverse divides by s, but score matching does not constrain s away from the data.
 
-    Raises ValueError unless `floor` is 0 or in [0.001, 1). Source: Dinh et al., "RealNVP" (2017); Glow (2018) for s.
+    Raises ValueError unless `floor` is 0 or in [0.001, 1), and 0 with `tanh`. Source: Dinh et al., "RealNVP" (2017);
+    Glow (2018) for the sigmoid.
     """
 
-    def __init__(self, network, swap=False, floor=0.0):
+    def __init__(self, network, swap=False, floor=0.0, tanh=False):
         super().__init__()
-        if not (floor == 0 or 1e-3 <= floor < 1):  # below 0.001, the second derivative of log s fails in float32
-            raise ValueError(f"the floor must be 0 or lie in [0.001, 1), not {floor}")
-        self.network, self.swap, self.floor = network, swap, floor
+        if not (floor == 0 or 1e-3 <= floor < 1 and not tanh):  # below 0.001, (log s)'' fails in float32
+            raise ValueError(f"the floor must be 0 or lie in [0.001, 1) with sigmoid couplings, not {floor}")
+        self.network, self.swap, self.floor, self.tanh = network, swap, floor, tanh
 
     def output_shape(self, shape):
         if len(shape) == 0 or shape[0] < 2:
@@ -381,6 +383,8 @@ class AffineCoupling(NonlinearLayer):
 
     def _log_scale_and_shift(self, x_a):
         h, t = self.network(x_a).chunk(2, dim=1)
+        if self.tanh:
+            return 2 * torch.tanh(h / 2), t
         if self.floor == 0:
             return F.logsigmoid(h + 2), t  # finite even where s underflows
         return torch.log(self.floor + (1 - self.floor) * torch.sigmoid(h + 2)), t

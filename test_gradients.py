@@ -431,6 +431,7 @@ LAYERS = {
     "SmoothLeakyReLU bend": (lambda: SmoothLeakyReLU(bend=1.5), (3,)),
     "AffineCoupling": (lambda: AffineCoupling(torch.nn.Linear(2, 2)), (3,)),
     "AffineCoupling with a floor": (lambda: AffineCoupling(torch.nn.Linear(2, 2), floor=0.5), (3,)),
+    "AffineCoupling with tanh": (lambda: AffineCoupling(torch.nn.Linear(2, 2), tanh=True), (3,)),
     "AffineCoupling swapped": (lambda: AffineCoupling(torch.nn.Linear(1, 4), swap=True), (3,)),
     "Logit": (lambda: Logit(), (3,)),
 }

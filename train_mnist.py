@@ -100,6 +100,8 @@ def make_step(s, pre, flow, model, averaged):
 
     def gradient(z):                                                   # leaves ∇_θ in p.grad
         loss = objective(matched, z, share=processes.share, **knobs)
+        if s.energy_weight > 0:                                        # λ·E(z), published for Glow alone
+            loss = loss + s.energy_weight * matched.energy(processes.share(z)).mean()
         loss.backward(inputs=parameters)                               # not for z, which is a leaf in ssm and dsm, too
         return loss.detach()
 
@@ -158,23 +160,25 @@ def build(s, images):
         whitening.weight.copy_(U @ (variances.rsqrt()[:, None] * U.T))  # symmetric: pixels stay pixels
         pre = EBFlow([*pre.layers, whitening], shape)
     if s.arch == "glow" and s.actnorm == "none":
-        raise RunError("--arch glow has actnorms: --actnorm is trained or moments")
+        raise RunError("--arch glow has actnorms: --actnorm is trained, moments or held")
     try:
         if s.arch == "fc":
             flow = fc_flow(*shape, diagonal=s.diagonal, bias=s.bias, bend=s.bend)
         elif s.arch == "cnn":
             flow = cnn_flow(shape, diagonal=s.diagonal, bias=s.bias, bend=s.bend)
         else:
-            flow = glow_flow(shape, s.width, s.depth, floor=s.floor)
+            flow = glow_flow(shape, s.width, s.depth, floor=s.floor, tanh=s.coupling == "tanh")
     except ValueError as error:  # an image that does not squeeze, a floor too low
         size = f"{images.shape[-2]}×{images.shape[-1]}"
-        raise RunError(f"--arch {s.arch} cannot take images of {size}: {error}") from None
+        raise RunError(f"--arch {s.arch} on images of {size}: {error}") from None
     if s.actnorm != "none":
         if s.arch != "glow":
             flow = EBFlow([*flow.layers, ActNorm(flow.shapes[-1][0])], shape)
         with constant_channels_named():
             flow.initialize(pre(dequantize(images[:1000].view(-1, *shape))))
-        flow.layers[-1].requires_grad_(s.actnorm == "trained")
+        for layer in flow.modules() if s.actnorm == "held" else flow.layers[-1:]:
+            if isinstance(layer, ActNorm):
+                layer.requires_grad_(s.actnorm == "trained")
     return pre, flow
 
 

@@ -66,8 +66,9 @@ class Run(contextlib.AbstractContextManager):
     def _restore(self, path):
         checkpoint = read_checkpoint(path)
         self.state, self.metrics, config = (checkpoint[name] for name in ("state", "metrics", "config"))
+        free = {"epochs"} if self.config.get("schedule") == "steps" else set()  # which does not look at their number
         different = [f"{k} is {config.get(k)} there and {self.config.get(k)} here"
-                     for k in sorted({*config, *self.config}) if config.get(k) != self.config.get(k)]
+                     for k in sorted({*config, *self.config} - free) if config.get(k) != self.config.get(k)]
         if different:
             raise RunError(f"{path} belongs to other settings: " + ", ".join(different))
         try:

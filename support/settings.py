@@ -67,18 +67,24 @@ class Mnist(Settings):
     normalize: str = setting("center", "ours: none leaves the logits; mean 0; variance 1, too; covariance I",
                              choices=("none", "center", "scale", "whiten"))
     diagonal: float = setting(1.0, "weights start at diagonal · I", of=("fc", "cnn"))
-    bias: float = setting(0.0, "biases start at this", of=("fc", "cnn"))
+    bias: float = setting(0.0, "biases start at this; of a CNN at random, this times Xavier's deviation", least=0,
+                          of=("fc", "cnn"))
     bend: float = setting(1.5, "ours: the activation bends at -bend and is 0 at 0; None in --paper",
                           of=("fc", "cnn"))
-    actnorm: str = setting("none", "last layer: none, a trained actnorm, or (ours) one that tracks its input's moments",
-                           choices=("none", "trained", "moments"))
+    actnorm: str = setting("none", "last layer: none, a trained actnorm, (ours) one that tracks its input's moments; "
+                           "held: it and all others stay at the start's moments",
+                           choices=("none", "trained", "moments", "held"))
     width: int = setting(32, "channels of the couplings' networks; 512 as published", above=0, of=("glow",))
     depth: int = setting(4, "steps of a block; 16 as published", above=0, of=("glow",))
     floor: float = setting(0.0, "ours: smallest scale of a coupling; 0: none", least=0, below=1, of=("glow",))
+    coupling: str = setting("sigmoid", "scale of a coupling, see layers.py; with tanh, networks have LeakyReLU, too",
+                            choices=("sigmoid", "tanh"), of=("glow",))
     model_samples: int = setting(100, "samples of the model in a step", above=0, of=("sml",))
     sigma: float = setting(0.4, "noise on the data: dsm's σ; ours: added for ssm and fdssm, too", least=0,
                            of=("ssm", "dsm", "fdssm"))
     xi: float = setting(1.0, "length ξ of the finite difference", above=0, of=("fdssm",))
+    energy_weight: float = setting(0.0, "λ of an added λ E(z); published for Glow", least=0,
+                                   of=("ssm", "dsm", "fdssm"))
     compile: bool = setting(False, "torch.compile the gradient, on a CPU", decides=False)
 
     def recipe(self):
@@ -106,27 +112,27 @@ RECIPES = {  # ours
     "glow dsm":   GLOW,
     "glow fdssm": GLOW,
 }
-PAPER_FC = dict(epochs=50, optimizer="rmsprop", schedule="steps", s=0.5, normalize="none", diagonal=-1.0, bias=1.0,
+PAPER_FC = dict(epochs=10_000, optimizer="rmsprop", schedule="steps", s=0.5, normalize="none", diagonal=-1.0, bias=1.0,
                 bend=None)
-PAPER_CNN = dict(PAPER_FC, s=0.75, bias=0.01)
-PAPER_GLOW = dict(epochs=5, lr=1e-5, weight_decay=0.1, schedule="steps", decay=1.0, clip=500.0, normalize="none",
-                  actnorm="trained", width=512, depth=16)
-PAPER = {
+PAPER_CNN = PAPER_FC | dict(epochs=1000, s=0.75, bias=0.01)
+PAPER_GLOW = dict(epochs=80, lr=1e-5, schedule="steps", decay=1.0, clip=500.0 * 784, normalize="none", actnorm="held",
+                  coupling="tanh", width=512, depth=16)
+PAPER = {  # the authors divide ssm and dsm by D = 784, fdssm by D and sml by 2: clips, penalties and λ are on our scale
     "fc ml":      PAPER_FC,
     "fc sml":     PAPER_FC,
     "fc ssm":     PAPER_FC | dict(sigma=0.0),
     "fc dsm":     PAPER_FC | dict(sigma=1.0),
-    "fc fdssm":   PAPER_FC | dict(sigma=0.0, clip=5.0),
-    "cnn ml":     PAPER_CNN | dict(decay=0.925),
-    "cnn sml":    PAPER_CNN | dict(decay=0.925),
+    "fc fdssm":   PAPER_FC | dict(sigma=0.0, clip=5.0 * 784),
+    "cnn ml":     PAPER_CNN | dict(decay=0.925, weight_decay=1e-5),
+    "cnn sml":    PAPER_CNN | dict(decay=0.925, weight_decay=1e-5 * 2),
     "cnn ssm":    PAPER_CNN | dict(sigma=0.0),
-    "cnn dsm":    PAPER_CNN | dict(sigma=0.1),
-    "cnn fdssm":  PAPER_CNN | dict(sigma=0.0, xi=0.1, clip=5.0),
-    "glow ml":    PAPER_GLOW,
+    "cnn dsm":    PAPER_CNN | dict(sigma=0.1, weight_decay=1e-5 * 784),
+    "cnn fdssm":  PAPER_CNN | dict(sigma=0.0, xi=0.1, clip=5.0 * 784),
+    "glow ml":    PAPER_GLOW,  # the authors publish ssm and dsm for Glow
     "glow sml":   PAPER_GLOW,
-    "glow ssm":   PAPER_GLOW | dict(sigma=0.0),
-    "glow dsm":   PAPER_GLOW | dict(sigma=0.1),
-    "glow fdssm": PAPER_GLOW | dict(sigma=0.0, xi=0.1),
+    "glow ssm":   PAPER_GLOW | dict(sigma=0.0, energy_weight=0.1 * 784),
+    "glow dsm":   PAPER_GLOW | dict(sigma=0.1, energy_weight=0.1 * 784),
+    "glow fdssm": PAPER_GLOW | dict(sigma=0.0, xi=0.1, energy_weight=0.1 * 784),
 }
 
 

@@ -115,6 +115,37 @@ def test_a_coupling_s_floor_bounds_what_its_inverse_stretches():
         assert log_abs_det.isfinite().all()
 
 
+def test_a_coupling_with_tanh_has_the_scale_of_the_papers_glow():
+    """s = exp(2 tanh(h/2)), between e⁻² and e², and without a floor."""
+    h = torch.linspace(-9, 9, 7)
+    coupling = layers.AffineCoupling(lambda x_a: torch.stack([x_a[:, 0], 0 * x_a[:, 0]], 1), tanh=True)  # t = 0
+    x = torch.stack([h, torch.ones(7)], 1)
+    y, log_abs_det = coupling(x)
+    torch.testing.assert_close(y[:, 1], torch.exp(2 * torch.tanh(h / 2)))
+    torch.testing.assert_close(log_abs_det, y[:, 1].log())
+    torch.testing.assert_close(coupling.inverse(y), x)
+    for tanh in (False, True):
+        flow = ebflow.glow_flow((1, 8, 8), width=4, depth=2, tanh=tanh)
+        bends = {type(m) for m in flow.modules() if type(m).__module__.startswith("torch.nn.modules.activation")}
+        assert bends == {torch.nn.LeakyReLU if tanh else torch.nn.SiLU}
+        assert {m.tanh for m in flow.modules() if isinstance(m, layers.AffineCoupling)} == {tanh}
+
+
+def test_the_biases_of_a_cnn_start_at_random_at_a_fraction_of_xaviers_deviation():
+    """Xavier's variance is 2 / (fan in + fan out) = 1 / (49 C) for 7 × 7 kernels."""
+    torch.manual_seed(0)
+    biases = {}
+    for _ in range(40):
+        for layer in ebflow.cnn_flow((4, 8, 8), bias=0.5).layers:
+            if isinstance(layer, Convolution):
+                biases.setdefault(len(layer.bias), []).append(layer.bias.detach())
+    for channels, found in biases.items():
+        weight = torch.nn.init.xavier_normal_(torch.empty(channels, channels, 7, 7), gain=0.5)
+        assert torch.cat(found).std().item() == pytest.approx(weight.std().item(), rel=0.1)
+    assert biases.keys() == {4, 16, 64}
+    assert all((layer.bias == 0).all() for layer in ebflow.cnn_flow(bias=0.0).layers if isinstance(layer, Convolution))
+
+
 def test_a_glow_has_its_floor_in_every_coupling_and_draws_stay_finite():
     torch.manual_seed(0)
     flows = {floor: ebflow.glow_flow((1, 8, 8), width=4, depth=4, floor=floor) for floor in (0.0, 0.5)}
@@ -195,6 +226,7 @@ def test_a_singular_weight_is_an_error_that_names_the_layer():
     (lambda: EBFlow([layers.AffineCoupling(None)], (1,)), "two channels"),
     (lambda: layers.AffineCoupling(None, floor=1.0), "floor"),
     (lambda: layers.AffineCoupling(None, floor=1e-9), "floor"),
+    (lambda: layers.AffineCoupling(None, floor=0.5, tanh=True), "floor must be 0 or .* with sigmoid"),
     (lambda: Squeeze().output_shape((2, 4)), "even H, W"),
     (lambda: Convolution(1, 4), "odd"),
     (lambda: SmoothLeakyReLU(alpha=0.0), "alpha must lie in"),

@@ -91,6 +91,29 @@ def test_every_architecture_has_a_recipe_for_every_objective_of_settings_that_th
     assert (s.arch, s.loss, s.paper) == (arch, loss, paper)
 
 
+def test_the_published_settings_are_the_papers():
+    """As the authors' configurations have them; ssm and dsm divided by D = 784 there, fdssm by D and sml by 2."""
+    D = 784
+    for loss in OBJECTIVES:
+        fc, cnn, glow = (parse(Mnist, ["--paper", "--arch", arch, "--loss", loss]) for arch in ("fc", "cnn", "glow"))
+        assert (fc.epochs, cnn.epochs, glow.epochs) == (10_000, 1_000, 80)
+        assert all(s.batch_size == 100 and s.schedule == "steps" and s.normalize == "none" for s in (fc, cnn, glow))
+        assert fc.optimizer == cnn.optimizer == "rmsprop" and glow.optimizer == "adam"
+        assert (fc.lr, cnn.lr, glow.lr) == (1e-4, 1e-4, 1e-5) and (fc.s, cnn.s, glow.s) == (0.5, 0.75, 1.0)
+        assert (fc.decay, cnn.decay, glow.decay) == (0.95, 0.925 if loss in ("ml", "sml") else 0.95, 1.0)
+        assert (fc.clip, cnn.clip, glow.clip) == ((5 * D, 5 * D) if loss == "fdssm" else (0, 0)) + (500 * D,)
+        assert (fc.diagonal, fc.bias, fc.bend, cnn.diagonal, cnn.bias, cnn.bend) == (-1, 1, None, -1, 0.01, None)
+        assert fc.weight_decay == glow.weight_decay == 0
+        assert cnn.weight_decay == {"ml": 1e-5, "sml": 2e-5, "dsm": 1e-5 * D}.get(loss, 0)
+        assert (glow.width, glow.depth, glow.coupling, glow.actnorm, glow.floor) == (512, 16, "tanh", "held", 0)
+        if loss in ("ssm", "dsm", "fdssm"):
+            assert fc.energy_weight == cnn.energy_weight == 0 and glow.energy_weight == pytest.approx(0.1 * D)
+    assert parse(Mnist, ["--paper", "--loss", "dsm"]).sigma == parse(Mnist, ["--paper", "--loss", "fdssm"]).xi == 1
+    for arch in ("cnn", "glow"):
+        assert parse(Mnist, ["--paper", "--arch", arch, "--loss", "dsm"]).sigma == 0.1
+        assert parse(Mnist, ["--paper", "--arch", arch, "--loss", "fdssm"]).xi == 0.1
+
+
 def test_no_recipe_is_of_an_objective_or_an_architecture_that_does_not_exist():
     for table in (RECIPES, PAPER):
         assert [*table] == [f"{arch} {loss}" for arch in ("fc", "cnn", "glow") for loss in OBJECTIVES]

@@ -302,6 +302,20 @@ def test_a_glow_with_its_last_actnorm_at_the_moments_resumes_exactly(data, tmp_p
     assert timeless(rows(tmp_path / "whole")) == timeless(rows(tmp_path / "stopped"))
 
 
+@pytest.mark.parametrize("arch", ["fc", "cnn"])
+def test_a_run_of_published_settings_can_be_taken_further_and_ends_as_if_asked_at_once(data, tmp_path, no_pictures,
+                                                                                      capsys, arch):
+    flags = ["--paper", "--arch", arch, "--loss", "dsm", "--clip", "1"]
+    main(arguments(data, tmp_path / "whole", *flags, "--epochs", "3"))
+    main(arguments(data, tmp_path / "further", *flags, "--epochs", "1"))
+    main(arguments(data, tmp_path / "further", *flags, "--epochs", "3", "--resume"))
+    assert_same_bits(*(checkpoint(tmp_path / name)["state"] for name in ("whole", "further")))
+    assert timeless(rows(tmp_path / "whole")) == timeless(rows(tmp_path / "further"))
+    main(arguments(data, tmp_path / "cosine", "--arch", arch, "--epochs", "1"))  # which depends on the epochs
+    line = fails(capsys, *arguments(data, tmp_path / "cosine", "--arch", arch, "--epochs", "3", "--resume"))
+    assert "epochs is 1 there and 3 here" in line
+
+
 def test_training_never_writes_over_a_run_by_accident(data, tmp_path, no_pictures, capsys):
     main(arguments(data, tmp_path))
     before = (tmp_path / "metrics.jsonl").read_bytes()
@@ -701,7 +715,7 @@ def test_a_singular_covariance_is_one_line_with_whitening_and_nothing_without(tm
 def test_an_image_that_does_not_squeeze_is_one_line(tmp_path, capsys):
     small_data_set(tmp_path, size=6)
     line = fails(capsys, *arguments(tmp_path, tmp_path / "run", "--arch", "cnn"))
-    assert "--arch cnn cannot take images of 6×6: cannot squeeze" in line
+    assert "--arch cnn on images of 6×6: cannot squeeze" in line
 
 
 def test_images_without_pixels_are_one_line(tmp_path, capsys):
@@ -765,6 +779,18 @@ def test_a_glow_s_last_actnorm_goes_to_the_moments_as_batches_pass_where_it_is_h
     assert all(torch.equal(a.log_scale, b.log_scale) and torch.equal(a.bias, b.bias) for a, b in zip(others, state))
 
 
+def test_actnorms_that_are_held_start_at_the_moments_and_never_move(images):
+    _, pre, flow, _, _, step, _ = start(images, *GLOW, "--loss", "ssm", "--actnorm", "held", "--lr", "0.1")
+    actnorms = [m for m in flow.modules() if isinstance(m, ActNorm)]
+    before = copy.deepcopy(actnorms)
+    assert off(actnorm_outputs(flow, pre(dequantize(images)))) < 0.3
+    for n in range(11):
+        step(images[:50], n)
+    assert all(torch.equal(a.log_scale, b.log_scale) and torch.equal(a.bias, b.bias) for a, b in zip(actnorms, before))
+    assert {p.requires_grad for m in actnorms for p in m.parameters()} == {False}
+    assert sum(p.requires_grad for p in flow.parameters()) == len([*flow.parameters()]) - 2 * len(actnorms)
+
+
 @pytest.mark.parametrize("arch", ["fc", "cnn"])
 def test_a_last_actnorm_follows_the_flow_s_output_and_is_the_only_one(images, arch):
     s, pre, flow, model, _, step, optimizer = start(images, "--arch", arch, "--loss", "dsm", "--actnorm", "moments")
@@ -814,7 +840,7 @@ def test_a_batch_without_moments_and_a_run_of_other_images_are_one_line(data, tm
 
 def test_a_glow_without_actnorms_is_one_line(data, tmp_path, capsys):
     line = fails(capsys, *arguments(data, tmp_path, "--arch", "glow", "--actnorm", "none"))
-    assert "--actnorm is trained or moments" in line
+    assert "--actnorm is trained, moments or held" in line
 
 
 def test_the_glow_of_the_published_size_takes_a_step():
@@ -826,9 +852,36 @@ def test_the_glow_of_the_published_size_takes_a_step():
     images = torch.randint(0, 256, (20, 1, 28, 28), dtype=torch.uint8)
     *_, flow, _, _, step, _ = start(images, "--arch", "glow", "--paper", "--loss", "ssm", "--width", "8")
     before = [p.clone() for p in flow.parameters()]
-    figures = step(images[:2], 0)
+    for n in range(2):  # after the first, the couplings' last weights are not zero
+        figures = step(images[:2], n)
     assert all(figure.isfinite() for figure in figures.values())
-    assert sum(not torch.equal(p, q) for p, q in zip(before, flow.parameters())) > 0.9 * len(before)
+    moved = [not torch.equal(p, q) for p, q in zip(before, flow.parameters())]
+    assert moved == [p.requires_grad for p in flow.parameters()]
+    assert sum(moved) == len(moved) - 2 * 33  # actnorms are held
+
+
+@pytest.mark.parametrize("loss", ["ssm", "dsm", "fdssm"])
+def test_the_energy_weight_adds_the_gradient_of_the_energy_of_the_data(images, loss, float64):
+    """∇_θ (objective + λ E(z)) = ∇_θ objective + λ ∇_θ E(z), with the same noise of the objective."""
+    gradients = []
+    for weight in ("0", "78.4"):
+        torch.manual_seed(0)
+        s, pre, flow, model, _, step, _ = start(images, *GLOW, "--loss", loss, "--sigma", "0.1", "--clip", "0",
+                                                "--normalize", "none", "--energy-weight", weight, "--lr", "1e-12",
+                                                "--actnorm", "trained")
+        torch.manual_seed(1)
+        figures = step(images[:20], 0)
+        gradients.append([p.grad for p in flow.parameters()])
+    torch.manual_seed(1)
+    z = pre(dequantize(images[:20]))
+    z = z if loss == "dsm" else z + 0.1 * torch.randn_like(z)
+    for p in flow.parameters():
+        p.grad = None
+    flow.energy(z).mean().backward()
+    for without, with_energy, p in zip(*gradients, flow.parameters()):
+        expected = without if p.grad is None else without + 78.4 * p.grad
+        torch.testing.assert_close(with_energy, expected, rtol=1e-6, atol=1e-6)
+    assert figures["grad_norm"] > 0
 
 
 # ---- How a run fails -------------------------------------------------------------------------------------------------
