@@ -1,4 +1,4 @@
-"""Data: images in MNIST's format, toy densities in the plane, and Gaussian mixtures. The densities are exact."""
+"""Data: files of images, toy densities in the plane, and Gaussian mixtures. The densities are exact."""
 
 import gzip
 import hashlib
@@ -54,33 +54,74 @@ def read_idx(path):
     return torch.from_numpy(np.frombuffer(raw, np.uint8, offset=header).reshape(shape).copy())
 
 
-def mnist(directory):
-    """The training, validation and test images of a data set in MNIST's format.   -> three uint8 tensors (n, 1, H, W)
+def load_images(path):
+    """Training, validation and test images: three uint8 tensors (n, C, H, W).
 
-    The last sixth of the training file is the validation split, so MNIST has 50,000, 10,000 and 10,000 images.
-    Fashion-MNIST and KMNIST have the same format. Each file may be gzipped. Raises DataError.
+    path    a directory with the files of a data set in MNIST's format (Fashion-MNIST and KMNIST have it, too), or of the
+            binary version of CIFAR-10; or a NumPy file of bytes, (n, H, W) or (n, H, W, C)
+
+    The last sixth of the training images is the validation split, so MNIST has 50,000, 10,000 and 10,000 images. In a
+    NumPy file, the last seventh is the test split. Raises DataError.
     """
-    directory, splits = Path(directory), []
-    for name in ("train-images-idx3-ubyte", "t10k-images-idx3-ubyte"):
-        path = directory / f"{name}.gz"
-        if not path.is_file():
-            path = directory / name
-        if not path.is_file():
-            raise DataError(f"no {name}.gz (nor {name}) in {directory}: --data takes a directory with the "
-                            "files of a data set in MNIST's format")
-        images = read_idx(path)
-        if images.dim() != 3:
-            raise DataError(f"{path} holds an array of {images.dim()} axes, not (images, rows, columns)")
-        if 0 in images.shape[1:]:
-            raise DataError(f"{path} holds images without pixels: their shape is {tuple(images.shape[1:])}")
-        splits.append(images[:, None])
-    train, test = splits
+    path = Path(path)
+    if path.suffix == ".npy":
+        images = read_npy(path)
+        n = len(images) - len(images) // 7
+        train, test = images[:n], images[n:]
+    elif any(path.glob("*_batch*.bin")):
+        train = torch.cat([read_cifar(path / f"data_batch_{i}.bin") for i in range(1, 6)])
+        test = read_cifar(path / "test_batch.bin")
+    else:
+        train, test = read_mnist(path, "train"), read_mnist(path, "t10k")
+    if 0 in train.shape[1:]:
+        raise DataError(f"{path} holds images without pixels: their shape is {tuple(train.shape[1:])}")
     if train.shape[1:] != test.shape[1:]:
         raise DataError(f"training images are {tuple(train.shape[1:])}, test images {tuple(test.shape[1:])}")
     n = len(train) - len(train) // 6
     if n == len(train) or len(test) == 0:
-        raise DataError(f"{len(train)} training and {len(test)} test images in {directory} are too few")
+        raise DataError(f"{len(train)} training and {len(test)} test images in {path} are too few")
     return train[:n], train[n:], test
+
+
+def read_mnist(directory, split):
+    """The images of a file in MNIST's format, gzipped or not.   -> uint8 (n, 1, H, W)"""
+    path = directory / f"{split}-images-idx3-ubyte.gz"
+    path = path if path.is_file() else path.with_suffix("")
+    if not path.is_file():
+        raise DataError(f"no {path.name}.gz (nor {path.name}) in {directory}: --data takes a directory with the files of "
+                        "a data set in MNIST's format or of CIFAR-10's binary version, or a .npy file")
+    images = read_idx(path)
+    if images.dim() != 3:
+        raise DataError(f"{path} holds an array of {images.dim()} axes, not (images, rows, columns)")
+    return images[:, None]
+
+
+def read_cifar(path):
+    """The images of a file of CIFAR-10's binary version: a byte for the label, then 3 × 32 × 32.   -> uint8 (n, 3, 32, 32)
+
+    Source: the home page of CIFAR-10 (Krizhevsky).
+    """
+    try:
+        raw = np.fromfile(path, np.uint8)
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error}; CIFAR-10 has data_batch_1 … 5.bin and test_batch.bin") from None
+    if len(raw) == 0 or len(raw) % 3073:
+        raise DataError(f"{path} holds {len(raw)} bytes, no multiple of 3,073: it is no file of CIFAR-10's binary version")
+    return torch.from_numpy(raw.reshape(-1, 3073)[:, 1:].reshape(-1, 3, 32, 32).copy())
+
+
+def read_npy(path):
+    """The images in a NumPy file of bytes, (n, H, W) or (n, H, W, C).   -> uint8 (n, C, H, W)"""
+    try:
+        images = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:  # ValueError: no NumPy file, or images of different shapes
+        raise DataError(f"cannot read {path}: {error}; it must be one array of images of one shape") from None
+    if images.dtype != np.uint8:
+        raise DataError(f"{path} holds {images.dtype}, not bytes: save images of 0 … 255 as uint8")
+    images = images[..., None] if images.ndim == 3 else images
+    if images.ndim != 4 or images.shape[3] > 4:
+        raise DataError(f"{path} has the shape {images.shape}: images are (n, H, W) or (n, H, W, C) with C up to 4")
+    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
 
 
 def dequantize(images):

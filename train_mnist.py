@@ -1,4 +1,4 @@
-"""Trains an energy-based flow on MNIST, or on any data set in its format.
+"""Trains an energy-based flow on MNIST, or on other images, in colour too.
 
     python train_mnist.py --loss dsm
 
@@ -17,7 +17,7 @@ from operator import attrgetter
 import torch
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from data import DataError, dequantize, mnist
+from data import DataError, dequantize, load_images
 from ebflow import EBFlow, cnn_flow, fc_flow, glow_flow, logit_preprocessing
 from layers import ActNorm, FullyConnected
 from losses import OBJECTIVES
@@ -28,8 +28,8 @@ from support.run import Run, RunError, one_line_errors
 
 
 def train(s, device):
-    # Data: bytes (n, 1, H, W), on the device
-    splits = mnist(s.data)
+    # Data: bytes (n, C, H, W), on the device
+    splits = load_images(s.data)
     train_set, val_set, test_set = splits[0].to(device), splits[1].to(device), splits[2].to(device)
     steps = len(train_set) // s.batch_size
     if steps == 0:
@@ -75,7 +75,7 @@ def train(s, device):
         model.load_state_dict(best["model"])
         test = {"best_epoch": best["epoch"], "best_val_nll": best["val_nll"]} | evaluate("test", model, test_set)
         torch.manual_seed(0)
-        samples = model.sample(64).view(64, *splits[0].shape[-2:])
+        samples = model.sample(64).view(64, *splits[0].shape[1:])
         run.finish(test)
         run.picture("curves.png", plots.curves(run.metrics, s.loss))
         run.picture("samples.png", plots.mosaic(samples))
@@ -109,7 +109,10 @@ def make_step(s, pre, flow, model, averaged):
 
     @fast_products(s.loss)                                             # support/fast.py
     def step(images, n):
-        x = dequantize(images).view(-1, *model.shape)                  # (B, 1, H, W) -> (B, *shape)
+        if s.flip:
+            mirrored = torch.rand(len(images), 1, 1, 1, device=images.device) < 0.5
+            images = torch.where(mirrored, images.flip(3), images)
+        x = dequantize(images).view(-1, *model.shape)                  # (B, C, H, W) -> (B, *shape)
         z = pre(x) if s.map else x                                     # MaP: match after pre-processing
         if s.loss in ("ssm", "fdssm") and s.sigma > 0:                 # ours: data as smooth as dsm's
             z = z + s.sigma * torch.randn_like(z)
@@ -134,7 +137,7 @@ def make_step(s, pre, flow, model, averaged):
 
 @torch.no_grad()
 def build(s, images):
-    """The pre-processing x -> z and the flow of z. Constants are measured on the training images, uint8 (n, 1, H, W).
+    """The pre-processing x -> z and the flow of z. Constants are measured on the training images, uint8 (n, C, H, W).
 
     ours: z is centred or whitened. Whitening is one more linear layer, which is not trained. With --arch fc the family
     of densities is the same with and without it, since W₁ times the whitening matrix is another W₁.

@@ -1,15 +1,16 @@
 """What two parts of training are worth: match after pre-processing (MaP) and the moving average of the weights (EMA).
 
     python -m experiments.ablation --epochs 10
+    python -m experiments.ablation --arch cnn --epochs 4
 
-Trains the two-layer flow by ssm, dsm and fdssm, with MaP and without it, for three seeds. After the last epoch, the
+Trains a flow by ssm, dsm and fdssm, with MaP and without it, for three seeds. After the last epoch, the
 test NLL of the parameters and that of their moving average are computed. Without MaP the objective sees x in
 [0, 256)^D. Then σ and ξ are in grey levels, and the derivative of the first layers, 1/x near 0, is part of the score.
-Flags that --help does not list go to `train_mnist.py`. On one core the command above takes 40 minutes, and twice that
+Flags that --help does not list go to `train_mnist.py`. On one core the first command takes 40 minutes, and twice that
 without --epochs.
 
-Writes results/ablation.json after every training, and continues from it. Then writes results/ablation.png, the norm of
-the gradient over the first 1,000 steps, and prints the table of docs/results.md.
+Writes results/ablation-ARCH.json after every training, and continues from it. Then writes results/ablation-ARCH.png,
+the norm of the gradient over the first 1,000 steps, and prints the table of docs/results.md.
 Source: Chao et al. (2023), the ablation of EMA and MaP.
 """
 
@@ -22,7 +23,7 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 import train_mnist
-from data import MNIST, DataError, dequantize, mnist
+from data import MNIST, DataError, dequantize, load_images
 from ebflow import EBFlow
 from experiments import record, recorded
 from experiments.toys import interval
@@ -121,15 +122,15 @@ def main(argv=None):
     runs = [settings.parse(settings.Mnist, ["--loss", loss, "--seed", str(seed), on, *flags])
             for seed in range(a.seeds) for loss in OBJECTIVES for on in ("--map", "--no-map")]
     with one_line_errors(DataError, OSError), processes.joined(a.device) as device:
-        splits = mnist(a.data)
+        splits = load_images(a.data)
         a.results.mkdir(exist_ok=True)
-        path = a.results / "ablation.json"
+        path = a.results / f"ablation-{runs[0].arch}.json"
         result = recorded(path, command=" ".join(["python -m experiments.ablation", *flags]))
         for s in runs:
             if label(s) not in result["runs"]:
                 result["runs"][label(s)] = train(s, splits, device)
                 record(path, result)
-        save_picture(a.results / "ablation.png", picture(result["runs"]))
+        save_picture(path.with_suffix(".png"), picture(result["runs"]))
         print("\n".join(rows(result["runs"])))
 
 

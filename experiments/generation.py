@@ -17,14 +17,14 @@ from pathlib import Path
 import torch
 from matplotlib.figure import Figure
 
-from data import MNIST, dequantize, mnist
+from data import MNIST, dequantize, load_images
 from experiments.trained import load_mnist
 from sampling import SamplingError, mala, tune
 from support.run import one_line_errors, save_picture
 
 
 def experiment(a):
-    train_set, _, test_set = mnist(a.data)
+    train_set, _, test_set = load_images(a.data)
     s, pre, flow, model = load_mnist(a.run, train_set)
     torch.manual_seed(a.seed)
     x = torch.randn(a.chains, *flow.shape)

@@ -19,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 import losses
-from data import MNIST, TOYS, DataError, Toy, dequantize, mnist
+from data import MNIST, TOYS, DataError, Toy, dequantize, load_images
 from experiments import machine, record
 from experiments.trained import load_mnist, load_toy
 from support.optimization import trainable
@@ -54,7 +54,7 @@ def finished(directory, data):
         return load_toy(directory), lambda n: toy.points(n, "cpu"), Toy.smoothing, None
     if "arch" not in config or not (config["map"] and config.get("sigma")):
         raise RunError(f"{directory} is no run of train_toy.py, nor one of train_mnist.py by score matching with noise")
-    images = mnist(data)[0]
+    images = load_images(data)[0]
     s, pre, flow, _ = load_mnist(directory, images)
 
     def draw(n):

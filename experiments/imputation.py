@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from matplotlib.figure import Figure
 
-from data import MNIST, dequantize, mnist
+from data import MNIST, dequantize, load_images
 from ebflow import EBFlow
 from experiments import record
 from experiments.trained import load_mnist
@@ -67,7 +67,7 @@ def main(argv=None):
 
 
 def experiment(a):
-    train_set, _, test_set = mnist(a.data)
+    train_set, _, test_set = load_images(a.data)
     s, pre, flow, _ = load_mnist(a.run, train_set)
     # The first three layers act on each pixel alone. Whitening, if any, does not, so it belongs to the model here.
     pixelwise, model = EBFlow(pre.layers[:3], pre.shape), EBFlow([*pre.layers[3:], *flow.layers], pre.shape)

@@ -17,7 +17,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from data import MNIST, DataError, mnist
+from data import MNIST, DataError, load_images
 from experiments import record, recorded
 from experiments.rivals import reached, step_time, train
 from support import processes
@@ -93,7 +93,7 @@ def main(argv=None):
     if a.every > (shortest := min(steps for _, steps, _ in METHODS.values())):
         parser.error(f"--every {a.every} is more than the {shortest} steps of the shortest run")
     with one_line_errors(DataError, OSError), processes.joined(a.device) as device:
-        splits = mnist(a.data)
+        splits = load_images(a.data)
         a.results.mkdir(exist_ok=True)
         path = a.results / f"race-{device.type}.json"
         result = recorded(path, command="python -m experiments.race", methods=METHODS, level=LEVEL,

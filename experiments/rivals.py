@@ -33,7 +33,7 @@ from torch.nn.utils import get_total_norm
 from tqdm import tqdm
 
 import train_mnist
-from data import MNIST, DataError, dequantize, mnist
+from data import MNIST, DataError, dequantize, load_images
 from ebflow import EBFlow
 from experiments import record, recorded
 from experiments.speed import synchronize
@@ -326,7 +326,7 @@ def main(argv=None):
     if min(a.steps, a.every, a.batch_size or 1) < 1:
         parser.error("--steps, --every and --batch-size must be positive")
     with one_line_errors(DataError, OSError), processes.joined(a.device) as device:
-        splits = mnist(a.data)
+        splits = load_images(a.data)
         a.results.mkdir(exist_ok=True)
         path = a.results / "rivals.json"
         result = recorded(path, command="python -m experiments.rivals", methods=METHODS, images=list(splits[0].shape),

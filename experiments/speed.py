@@ -30,7 +30,7 @@ from torch.utils.flop_counter import flop_registry
 
 import train_mnist
 import train_toy
-from data import MNIST, TOYS, DataError, mnist
+from data import MNIST, TOYS, DataError, load_images
 from ebflow import EBFlow, toy_flow
 from losses import OBJECTIVES
 from support import processes, settings
@@ -151,6 +151,7 @@ def interleaved(functions, repeats, device, calls=10):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--arch", choices=["fc", "cnn", "glow", "toy"], default="fc")
+    parser.add_argument("--shape", type=int, nargs=3, metavar=("C", "H", "W"), help="random images, in place of MNIST")
     parser.add_argument("--batch-size", type=int, help="by default 100, for the toys 512")
     parser.add_argument("--repeats", type=int, default=12, help="blocks of ten steps of each kind")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
@@ -169,7 +170,7 @@ def experiment(a, device):
         steps = {(loss, variant): toy_step(loss, batch_size, device, *variants[variant]) for loss, variant in kinds}
         steps |= {(loss, "plain"): plain_toy_step(loss, batch_size, device) for loss in OBJECTIVES}
     else:
-        images = mnist(MNIST)[0]
+        images = torch.randint(0, 256, (2000, *a.shape), dtype=torch.uint8) if a.shape else load_images(MNIST)[0]
         pairs = {(loss, variant): training_step(loss, images, batch_size, device, a.arch, *variants[variant])
                  for loss, variant in kinds}
         steps = {kind: step for kind, (step, _) in pairs.items()}

@@ -29,12 +29,12 @@ def curves(metrics, loss):
 
 
 def mosaic(images):
-    """A square of grey images with values in [0, 255].   (n², H, W)"""
+    """A square of images, grey or in colour, with values in [0, 255].   (n², C, H, W)"""
     n = int(len(images) ** 0.5)
     figure = Figure(figsize=(5, 5))
     axes = figure.add_axes((0, 0, 1, 1))
-    rows = images.clamp(0, 255).unflatten(0, (n, n)).permute(0, 2, 1, 3).flatten(2).flatten(0, 1)  # (nH, nW)
-    axes.imshow(rows.cpu().numpy(), cmap="gray", vmin=0, vmax=255)
+    rows = images.clamp(0, 255).unflatten(0, (n, n)).permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)  # (nH, nW, C)
+    axes.imshow(rows.cpu().numpy() / 255, cmap="gray", vmin=0, vmax=1)
     axes.axis("off")
     return figure
 

@@ -6,10 +6,11 @@ import shutil
 import struct
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from data import DataError, dequantize, mnist, read_idx
+from data import DataError, dequantize, load_images, read_idx
 
 MNIST = Path(__file__).parent.parent / "mnist"
 
@@ -31,7 +32,7 @@ def small_data_set(directory, n=300, test=40, size=4):
 
 
 def test_mnist_is_what_everybody_knows_it_to_be():
-    train, validation, test = mnist(MNIST)
+    train, validation, test = load_images(MNIST)
     assert train.shape == (50_000, 1, 28, 28) and validation.shape == test.shape == (10_000, 1, 28, 28)
     assert train.dtype == torch.uint8
     pixels = torch.cat([train, validation]).double() / 255
@@ -47,7 +48,7 @@ def test_a_file_is_read_gzipped_or_not(tmp_path):
 
 
 def test_any_data_set_in_the_format_is_taken_without_checksums(tmp_path):
-    train, validation, test = mnist(small_data_set(tmp_path, n=30, test=7))
+    train, validation, test = load_images(small_data_set(tmp_path, n=30, test=7))
     assert (len(train), len(validation), len(test)) == (25, 5, 7)
 
 
@@ -86,23 +87,23 @@ def damage(directory, kind):
     ("not gzip", "cannot read .*train-images"), ("not idx", "not an IDX file"),
     ("short", "4799 bytes of data, its header promises 4800"), ("altered", "damaged or altered"),
     ("binary mode", "damaged or altered"), ("sums", "cannot check"), ("stub", "not an IDX file"), ("labels", "1 axes"),
-    ("no pixels", r"train-images.* holds images without pixels: their shape is \(0, 4\)"),
+    ("no pixels", r"holds images without pixels: their shape is \(1, 0, 4\)"),
     ("other size", r"\(1, 5, 5\), test images \(1, 4, 4\)")])
 def test_a_bad_file_is_named_with_what_was_expected(tmp_path, kind, message):
     damage(small_data_set(tmp_path), kind)
     with pytest.raises(DataError, match=message):
-        mnist(tmp_path)
+        load_images(tmp_path)
 
 
 def test_too_few_images_for_the_validation_split(tmp_path):
     with pytest.raises(DataError, match="too few"):
-        mnist(small_data_set(tmp_path, n=5))
+        load_images(small_data_set(tmp_path, n=5))
 
 
 def test_a_blank_line_among_the_checksums_is_no_harm(tmp_path):
     path = small_data_set(tmp_path) / "train-images-idx3-ubyte.gz"
     (tmp_path / "SHA256SUMS").write_text(f"\n{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}\n\n")
-    assert len(mnist(tmp_path)[0]) == 250
+    assert len(load_images(tmp_path)[0]) == 250
 
 
 def test_every_bundled_file_has_a_checksum_and_an_altered_copy_is_refused(tmp_path):
@@ -110,7 +111,7 @@ def test_every_bundled_file_has_a_checksum_and_an_altered_copy_is_refused(tmp_pa
     path = copy / "t10k-images-idx3-ubyte.gz"
     path.write_bytes(path.read_bytes() + b"\0")
     with pytest.raises(DataError, match="t10k-images-idx3-ubyte.gz is damaged or altered"):
-        mnist(copy)
+        load_images(copy)
     names = {line.split()[1] for line in (MNIST / "SHA256SUMS").read_text().splitlines()}
     assert names == {p.name for p in MNIST.glob("*.gz")}
 
@@ -120,3 +121,64 @@ def test_dequantisation_is_uniform_within_each_unit_cube():
     u = dequantize(images) - images
     assert u.min() >= 0 and u.max() <= 1 and u.dtype == torch.float32
     assert (u.mean(0) - 0.5).abs().max() < 0.01 and (u.var(0) - 1 / 12).abs().max() < 0.003
+
+
+# ---- Other formats ---------------------------------------------------------------------------------------------------
+
+def write_cifar(directory, per_batch=12):
+    """CIFAR-10's binary version with few images: label, then red, green and blue, each row by row.   -> uint8 (n, …)"""
+    images = torch.randint(0, 256, (6 * per_batch, 3, 32, 32), dtype=torch.uint8)
+    names = [*(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin"]
+    for name, batch in zip(names, images.split(per_batch)):
+        (directory / name).write_bytes(b"".join(b"\x07" + image.numpy().tobytes() for image in batch))
+    return images
+
+
+def test_cifar_10_is_read_as_its_home_page_says(tmp_path):
+    images = write_cifar(tmp_path)
+    splits = load_images(tmp_path)
+    assert [len(split) for split in splits] == [50, 10, 12] and torch.equal(torch.cat(splits), images)
+
+
+@pytest.mark.parametrize("kind, message", [
+    ("missing", "cannot read .*data_batch_3.bin.*CIFAR-10 has data_batch_1 … 5.bin and test_batch.bin"),
+    ("short", "data_batch_3.bin holds 36875 bytes, no multiple of 3,073"), ("empty", "holds 0 bytes")])
+def test_a_bad_batch_of_cifar_10_is_named(tmp_path, kind, message):
+    write_cifar(tmp_path)
+    path = tmp_path / "data_batch_3.bin"
+    data = path.read_bytes()
+    path.unlink()
+    if kind != "missing":
+        path.write_bytes(data[:-1] if kind == "short" else b"")
+    with pytest.raises(DataError, match=message):
+        load_images(tmp_path)
+
+
+@pytest.mark.parametrize("channels", [(), (1,), (3,)])
+def test_a_numpy_file_of_bytes_is_read_grey_or_in_colour(tmp_path, channels):
+    images = np.random.default_rng(0).integers(0, 256, (70, 4, 6, *channels), dtype=np.uint8)
+    np.save(tmp_path / "images.npy", images)
+    splits = load_images(tmp_path / "images.npy")
+    assert [len(split) for split in splits] == [50, 10, 10]
+    together = torch.cat(splits).permute(0, 2, 3, 1).numpy()
+    assert (together == images.reshape(70, 4, 6, -1)).all()
+
+
+@pytest.mark.parametrize("make, message", [
+    (lambda: np.zeros((70, 4, 4)), "holds float64, not bytes: save images of 0 … 255 as uint8"),
+    (lambda: np.zeros(70, np.uint8), r"has the shape \(70,\): images are"),
+    (lambda: np.zeros((70, 3, 32, 32), np.uint8), r"C up to 4"),
+    (lambda: np.zeros((70, 0, 4), np.uint8), "images without pixels"),
+    (lambda: np.zeros((5, 4, 4), np.uint8), "too few"),
+    (lambda: np.array([np.zeros((2, 2)), np.zeros(3)], object), "one array of images of one shape")])
+def test_a_bad_numpy_file_is_named_with_what_was_expected(tmp_path, make, message):
+    np.save(tmp_path / "images.npy", make())
+    with pytest.raises(DataError, match=message):
+        load_images(tmp_path / "images.npy")
+
+
+def test_what_is_no_numpy_file_or_missing_is_named(tmp_path):
+    (tmp_path / "images.npy").write_bytes(b"no array")
+    for name in ("images.npy", "missing.npy"):
+        with pytest.raises(DataError, match=f"cannot read .*{name}"):
+            load_images(tmp_path / name)

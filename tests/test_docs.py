@@ -140,7 +140,7 @@ def test_the_tables_of_mnist_hold_the_recorded_numbers(arch, name):
 @pytest.mark.parametrize("rows", [
     lambda: toys.rows(result("toys.json")["rows"]), lambda: depth.rows(result("depth.json")["runs"]),
     lambda: rivals.rows(result("rivals.json")["runs"]), lambda: race.rows(result("race-cpu.json")["runs"]),
-    lambda: race.rows(result("race-cuda.json")["runs"]), lambda: ablation.rows(result("ablation.json")["runs"]),
+    lambda: race.rows(result("race-cuda.json")["runs"]), lambda: ablation.rows(result("ablation-fc.json")["runs"]),
     lambda: balanced.rows(result("balanced.json")["runs"]),
     lambda: runtime.table([row for size in result("runtime-cpu.json")["runs"].values() for row in size]),
 ], ids=["toys", "depth", "rivals", "race on a CPU", "race on a GPU", "ablation", "balanced", "runtime"])

@@ -15,7 +15,7 @@ from torch.func import jacrev, vmap
 import losses
 import train_mnist
 import train_toy
-from data import TOYS, dequantize, mnist
+from data import TOYS, dequantize, load_images
 from ebflow import EBFlow, fc_flow, toy_flow
 from experiments import (ablation, depth, determinant, generation, gradient_variance, imputation, linear_masks, race,
                          rivals, toys)
@@ -94,8 +94,8 @@ def test_imputation_and_generation_run_on_a_trained_model(tmp_path, capsys, arch
     generation.main([*shared, "--chains", "3", "--steps", "60"])
     assert (tmp_path / f"generation-{arch}-{loss}.png").stat().st_size > 1000
     printed = capsys.readouterr().out
-    _, pre, flow, _ = load_mnist(tmp_path / "run", mnist(data)[0])
-    energy = flow.energy(pre(dequantize(mnist(data)[2]).view(-1, *flow.shape))).mean().item()
+    _, pre, flow, _ = load_mnist(tmp_path / "run", load_images(data)[0])
+    energy = flow.energy(pre(dequantize(load_images(data)[2]).view(-1, *flow.shape))).mean().item()
     assert "acceptance" in printed
     assert float(printed.split("test images    energy")[1]) == pytest.approx(energy, rel=0.1)
 
@@ -113,7 +113,7 @@ def test_the_ablation_measures_what_train_mnist_does_and_goes_on_from_what_it_ha
     shared = ["--data", str(data), "--device", "cpu", "--epochs", "2", "--batch-size", "50", "--actnorm", actnorm]
     ablated = [*shared, "--results", str(tmp_path), "--seeds", "1"]
     ablation.main(ablated)
-    first = (tmp_path / "ablation.json").read_text()
+    first = (tmp_path / "ablation-fc.json").read_text()
     runs = json.loads(first)["runs"]
     for name, column, flags in (("dsm with MaP, seed 0", "EMA", ["--ema", "--map"]),
                                 ("dsm with MaP, seed 0", "no EMA", ["--no-ema"]),
@@ -125,7 +125,7 @@ def test_the_ablation_measures_what_train_mnist_does_and_goes_on_from_what_it_ha
         norms = torch.tensor(runs[name]["norms"]).view(2, 5).mean(1).tolist()
         assert norms == pytest.approx([row["grad_norm"] for row in read_metrics(tmp_path / "run")[1:]])
     ablation.main(ablated)
-    assert (tmp_path / "ablation.json").read_text() == first and (tmp_path / "ablation.png").stat().st_size > 1000
+    assert (tmp_path / "ablation-fc.json").read_text() == first and (tmp_path / "ablation-fc.png").stat().st_size > 1000
     assert ablation.rows(runs)[1] in capsys.readouterr().out
     with pytest.raises(SystemExit) as exit:
         ablation.main([*ablated, "--lr", "1e-3"])
@@ -133,7 +133,7 @@ def test_the_ablation_measures_what_train_mnist_does_and_goes_on_from_what_it_ha
 
 
 def test_a_training_of_the_ablation_that_breaks_down_is_a_cell_of_the_table(tmp_path):
-    splits, runs = mnist(small_data_set(tmp_path)), {}
+    splits, runs = load_images(small_data_set(tmp_path)), {}
     for loss in ablation.OBJECTIVES:
         for on in ("--map", "--no-map"):
             lr = "1e30" if (loss, on) == ("dsm", "--map") else "1e-4"
@@ -273,7 +273,7 @@ def test_the_loop_of_the_rivals_trains_as_train_mnist_does(tmp_path, loss, flags
     flags = ["--batch-size", "50", "--lr", "1e-3", "--seed", "3", *flags]
     train_mnist.main(["--loss", loss, "--normalize", "center", "--epochs", "2", *flags, "--data", str(data),
                       "--device", "cpu", "--out", str(tmp_path / "run")])
-    curve = rivals.train(loss, "center", flags, 10, 5, mnist(data), CPU)["curve"]
+    curve = rivals.train(loss, "center", flags, 10, 5, load_images(data), CPU)["curve"]
     assert [step for step, _, _ in curve] == [0, 5, 10]
     expected = [row["val_nll"] for row in read_metrics(tmp_path / "run")]
     assert [nll for _, _, nll in curve] == pytest.approx(expected, rel=1e-6)
@@ -281,7 +281,7 @@ def test_the_loop_of_the_rivals_trains_as_train_mnist_does(tmp_path, loss, flags
 
 
 def test_a_rival_that_breaks_down_is_a_row(tmp_path):
-    splits = mnist(small_data_set(tmp_path))
+    splits = load_images(small_data_set(tmp_path))
     run = rivals.train("ml", "center", ["--batch-size", "50", "--lr", "1e30"], 10, 5, splits, CPU)
     assert run["broke"] == "not finite at step 3" and len(run["curve"]) == 1  # the learning rate of the first is 0
     finished = {"curve": [(0, 0.0, 9.0), (5, 1.0, 8.0)], "broke": None}
@@ -294,7 +294,7 @@ def test_a_rival_that_breaks_down_is_a_row(tmp_path):
 
 
 def test_digits_beside_each_other_are_as_likely_each_as_alone(tmp_path):
-    splits = mnist(small_data_set(tmp_path))
+    splits = load_images(small_data_set(tmp_path))
     flags = ["--batch-size", "50", "--lr", "1e-12"]  # the start, where the weights are I
     one, two = (rivals.train("ml", "center", flags, 2, 2, splits, CPU, digits=n)["curve"] for n in (1, 2))
     assert one[0][2] == pytest.approx(two[0][2], rel=5e-3)
@@ -315,7 +315,7 @@ def test_the_race_stops_at_the_level(tmp_path, capsys, monkeypatch):
     data = small_data_set(tmp_path)
     monkeypatch.setattr(race, "METHODS", {name: (1e-2, 40, ["--batch-size", "50"]) for name in race.METHODS})
     flags = ["--batch-size", "50", "--actnorm", "moments"]
-    start = rivals.train("ml", "center", flags, 1, 1, mnist(data), CPU)["curve"][0][2]
+    start = rivals.train("ml", "center", flags, 1, 1, load_images(data), CPU)["curve"][0][2]
     monkeypatch.setattr(race, "LEVEL", start - 1)
     shared = ["--data", str(data), "--results", str(tmp_path), "--every", "4", "--digits", "1", "2", "--device", "cpu"]
     race.main(shared)
@@ -359,7 +359,7 @@ def test_the_race_has_the_settings_of_its_table_for_each_number_of_digits(tmp_pa
 
 
 def test_a_rival_has_the_loss_of_maximum_likelihood_with_an_actnorm_at_its_moments(tmp_path):
-    images = mnist(small_data_set(tmp_path))[0]
+    images = load_images(small_data_set(tmp_path))[0]
     pre, flow = train_mnist.build(settings.parse(settings.Mnist, ["--loss", "ml", "--actnorm", "moments"]), images)
     x = pre(dequantize(images[:20].flatten(1)))
     rival = rivals.Rival(flow, rivals.ExactLayer)
@@ -418,7 +418,7 @@ def test_the_actnorm_of_the_race_goes_all_the_way_to_the_moments(tmp_path, monke
     monkeypatch.setattr(ActNorm, "initialize", lambda layer, x, fraction=1.0: (
         fractions.append(fraction), spreads.append(x.std().item()), initialize(layer, x, fraction)))
     flags = ["--batch-size", "50", "--actnorm", "moments", "--sigma", "100"]
-    rivals.train("dsm", "center", flags, 20, 20, mnist(small_data_set(tmp_path)), CPU)
+    rivals.train("dsm", "center", flags, 20, 20, load_images(small_data_set(tmp_path)), CPU)
     assert fractions == [1.0] * 5  # at the start, at an evaluation, twice in 20 steps, at an evaluation
     assert min(spreads[2:4]) > 10 * max(*spreads[:2], spreads[4])  # the steps see the noise of dsm
 

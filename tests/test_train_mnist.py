@@ -16,13 +16,14 @@ import sys
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 import losses
 import train_mnist
 from conftest import assert_same_bits, checkpoint, failing, stop_after, timeless
-from data import dequantize, mnist
+from data import dequantize, load_images
 from ebflow import EBFlow, fc_flow, glow_flow, logit_preprocessing
 from experiments.trained import load_mnist
 from layers import ActNorm, AffineCoupling, LinearLayer
@@ -45,7 +46,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def images(data):
-    return mnist(data)[0]
+    return load_images(data)[0]
 
 
 def arguments(data, out, *extra):
@@ -158,7 +159,7 @@ def test_a_run_of_every_objective_leaves_its_files_and_improves(data, finished, 
     assert last["best_epoch"] == best["epoch"] and last["best_val_nll"] == best["val_nll"]
     figures = dict(line.split(maxsplit=1) for line in printed.splitlines()[-6:])
     assert figures["test_nll"] == f"{last['test_nll']:.4f}" and figures["best_epoch"] == str(best["epoch"])
-    splits = mnist(data)
+    splits = load_images(data)
     model = load_mnist(out, splits[0])[-1]  # the test split is read with the weights of the best epoch
     assert evaluate("val", model, splits[1])["val_nll"] == pytest.approx(best["val_nll"])
     assert evaluate("test", model, splits[2])["test_nll"] == pytest.approx(last["test_nll"])
@@ -176,7 +177,7 @@ def test_a_run_of_every_other_architecture_and_objective_leaves_its_files_and_im
     metrics = rows(tmp_path)
     assert len(metrics) == 5 and (tmp_path / "samples.png").exists() == bool(drawn)
     assert min(row["val_nll"] for row in metrics[1:]) < metrics[0]["val_nll"]
-    splits = mnist(data)
+    splits = load_images(data)
     s, pre, flow, model = load_mnist(tmp_path, splits[0])  # what the experiments start from
     assert (s.arch, s.loss, s.lr) == (arch, loss, 1e-3)
     assert evaluate("test", model, splits[2])["test_nll"] == pytest.approx(metrics[-1]["test_nll"])
@@ -216,6 +217,31 @@ def test_the_weights_of_the_best_epoch_are_a_copy_that_later_steps_leave_alone(d
     assert all(torch.equal(first[name], tested[name]) for name in first)
     best = checkpoint(tmp_path)["state"]["best"]["model"]
     assert all(torch.equal(first[name], best[name]) for name in first)
+
+
+# ---- Other images ----------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("arch", ["fc", "cnn", "glow"])
+def test_colour_images_go_through_every_architecture(tmp_path, arch):
+    shade = np.random.default_rng(0).integers(0, 200, (420, 1, 1, 3))
+    images = shade + np.random.default_rng(1).integers(0, 56, (420, 8, 8, 3))
+    np.save(tmp_path / "colour.npy", images.astype(np.uint8))
+    small = ["--width", "4", "--depth", "1"] if arch == "glow" else []
+    main(arguments(tmp_path / "colour.npy", tmp_path / "run", "--arch", arch, "--loss", "dsm", "--flip", *small))
+    start, *_, last = rows(tmp_path / "run")
+    assert last["val_nll"] < start["val_nll"]
+    assert last["test_bpd"] == pytest.approx(last["test_nll"] / (192 * math.log(2)))
+    assert (tmp_path / "run" / "samples.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_flip_mirrors_half_of_the_images(images, monkeypatch):
+    seen = []
+    monkeypatch.setattr(train_mnist, "dequantize", lambda images: seen.append(images.clone()) or dequantize(images))
+    step = start(images, "--flip", "--arch", "fc")[5]
+    seen.clear()
+    step(images, 0)
+    mirrored = (seen[0] == images.flip(3)).flatten(1).all(1)
+    assert ((seen[0] == images).flatten(1).all(1) | mirrored).all() and 0.35 < mirrored.float().mean() < 0.65
 
 
 # ---- Killed and resumed ----------------------------------------------------------------------------------------------
