@@ -109,9 +109,7 @@ def make_step(s, pre, flow, model, averaged):
 
     @fast_products(s.loss)                                             # support/fast.py
     def step(images, n):
-        if s.flip:
-            mirrored = torch.rand(len(images), 1, 1, 1, device=images.device) < 0.5
-            images = torch.where(mirrored, images.flip(3), images)
+        images = images.flip(3) if s.flip and n % 2 else images        # the order of images is random
         x = dequantize(images).view(-1, *model.shape)                  # (B, C, H, W) -> (B, *shape)
         z = pre(x) if s.map else x                                     # MaP: match after pre-processing
         if s.loss in ("ssm", "fdssm") and s.sigma > 0:                 # ours: data as smooth as dsm's

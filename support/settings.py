@@ -55,7 +55,7 @@ class Mnist(Settings):
     arch: str = setting("fc", "architecture, see ebflow.py", choices=("fc", "cnn", "glow"))
     paper: bool = setting(False, "the published recipe in place of ours")
     data: Path = setting(MNIST, "directory of MNIST's or CIFAR-10's files, or a .npy file of bytes", decides=False)
-    flip: bool = setting(False, "mirror each image of a batch with probability ½")
+    flip: bool = setting(False, "mirror the images of every other batch")
     map: bool = setting(True, "MaP: match after pre-processing")
     ema: bool = setting(True, "EMA: evaluate the moving average of the weights")
     optimizer: str = setting("adam", "optimiser", choices=("adam", "rmsprop"))
