@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments import ablation, balanced, depth, race, rivals, runtime, toys
+from experiments import ablation, balanced, depth, paper, race, rivals, runtime, toys
 from support import settings
 
 ROOT = Path(__file__).parent.parent
@@ -64,7 +64,7 @@ def commands(script):
 @pytest.mark.parametrize("kind, arguments", [
     (kind, arguments) for kind in (settings.Mnist, settings.Toy, settings.Ebm) for arguments in commands(kind.__doc__)])
 def test_every_training_command_parses(kind, arguments):
-    argv = arguments.replace("LOSS", "dsm").replace("ARCH", "fc").split()
+    argv = arguments.replace("LOSS", "dsm").replace("ARCH", "fc").replace("EPOCHS", "3").split()
     settings.parse(kind, argv)
 
 
@@ -141,9 +141,11 @@ def test_the_tables_of_mnist_hold_the_recorded_numbers(arch, name):
     lambda: toys.rows(result("toys.json")["rows"]), lambda: depth.rows(result("depth.json")["runs"]),
     lambda: rivals.rows(result("rivals.json")["runs"]), lambda: race.rows(result("race-cpu.json")["runs"]),
     lambda: race.rows(result("race-cuda.json")["runs"]), lambda: ablation.rows(result("ablation-fc.json")["runs"]),
+    lambda: ablation.rows(result("ablation-cnn.json")["runs"]),
+    lambda: paper.rows(result("paper.json")["runs"], {a: result(f"mnist-{a}.json") for a in ("fc", "cnn", "glow")}),
     lambda: balanced.rows(result("balanced.json")["runs"]),
     lambda: runtime.table([row for size in result("runtime-cpu.json")["runs"].values() for row in size]),
-], ids=["toys", "depth", "rivals", "race on a CPU", "race on a GPU", "ablation", "balanced", "runtime"])
+], ids=["toys", "depth", "rivals", "race on a CPU", "race on a GPU", "ablation of FC", "of the CNN", "paper", "balanced", "runtime"])
 def test_a_table_holds_the_recorded_numbers(rows):
     for row in rows():
         assert row in RESULTS

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -17,8 +18,8 @@ import train_mnist
 import train_toy
 from data import TOYS, dequantize, load_images
 from ebflow import EBFlow, fc_flow, toy_flow
-from experiments import (ablation, depth, determinant, generation, gradient_variance, imputation, linear_masks, race,
-                         rivals, toys)
+from experiments import (ablation, depth, determinant, energy_weight, generation, gradient_variance, imputation,
+                         linear_masks, paper, race, rivals, toys)
 from experiments import mnist as mnist_table
 from experiments.trained import load_mnist
 from layers import ActNorm, FullyConnected
@@ -533,3 +534,36 @@ def test_the_recorded_flags_are_flags_of_today():
         assert depth.same_settings(run | {"flags": depth.flags(s.config())}) == depth.same_settings(run)
     for file, methods in (("rivals", rivals.METHODS), ("race-cpu", race.METHODS), ("race-cuda", race.METHODS)):
         assert json.loads((RESULTS / f"{file}.json").read_text())["methods"] == json.loads(json.dumps(methods))
+
+
+def test_the_table_of_the_published_settings_has_what_the_runs_measured(tmp_path, capsys):
+    data = small_data_set(tmp_path)
+    flags = ["--data", str(data), "--batch-size", "50", "--device", "cpu"]
+    train_mnist.main(["--paper", "--loss", "dsm", "--epochs", "2", "--out", str(tmp_path / "run"), *flags])
+    for arch in ("fc", "cnn"):
+        shutil.copy(RESULTS / f"mnist-{arch}.json", tmp_path)
+    shutil.copy(RESULTS / "paper.json", tmp_path)
+    capsys.readouterr()
+    paper.main([str(tmp_path / "run"), "--results", str(tmp_path), "--machine", "a test"])
+    runs, last = json.loads((tmp_path / "paper.json").read_text())["runs"], read_metrics(tmp_path / "run")[-1]
+    assert runs["fc dsm"]["test_nll"] == last["test_nll"] and runs["fc dsm"]["machine"] == "a test"
+    assert runs["cnn ssm"] == json.loads((RESULTS / "paper.json").read_text())["runs"]["cnn ssm"]
+    assert f"| fc | dsm | 1099.2 | 10,000 | {last['test_nll']:.1f} | 2 |" in capsys.readouterr().out
+    train_mnist.main(["--loss", "dsm", "--epochs", "1", "--out", str(tmp_path / "ours"), *flags])
+    with pytest.raises(SystemExit) as exit:
+        paper.main([str(tmp_path / "ours"), "--results", str(tmp_path)])
+    assert "is no finished run of train_mnist.py --paper" in exit.value.code
+
+
+def test_the_energy_alone_is_an_objective_for_the_table_of_the_energy_weight(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(energy_weight, "FLAGS", [*energy_weight.FLAGS[:3], "--width", "2", "--depth", "1"])
+    monkeypatch.setitem(OBJECTIVES, "energy", None)  # what the experiment adds is taken away again
+    monkeypatch.setitem(settings.PAPER, "glow energy", None)
+    data = small_data_set(tmp_path)
+    energy_weight.main(["--epochs", "2", "--runs", str(tmp_path), "--results", str(tmp_path), "--data", str(data),
+                        "--batch-size", "50", "--device", "cpu"])
+    runs = json.loads((tmp_path / "energy-weight.json").read_text())["runs"]
+    assert [*runs] == ["ml", "ssm", "ssm + λE", "λE"] and all(len(run["val_nll"]) == 3 for run in runs.values())
+    configs = [json.loads((tmp_path / f"energy-weight-{i}" / "config.json").read_text()) for i in range(4)]
+    assert [c.get("energy_weight") for c in configs] == [None, 0.0, 78.4, None] and configs[3]["loss"] == "energy"
+    assert all(row in capsys.readouterr().out for row in energy_weight.rows(runs)[:1])
