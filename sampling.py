@@ -32,12 +32,6 @@ class Report(NamedTuple):
     acceptance: torch.Tensor | None = None         # (B,) of mala
     global_acceptance: torch.Tensor | None = None  # (B,) of independence
 
-    def __str__(self):
-        shares = {"acceptance": self.acceptance, "global acceptance": self.global_acceptance}
-        return f"step size {self.step_size:.3g}" + "".join(
-            f", {name} {share.mean():.3f} ({share.min():.3f} to {share.max():.3f} by chain)"
-            for name, share in shares.items() if share is not None)
-
 
 # ---- Local steps: Langevin dynamics ----------------------------------------------------------------------------------
 

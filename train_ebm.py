@@ -163,10 +163,6 @@ class Energy(nn.Module):
                                nn.Linear(width, 1, bias=False))  # a constant would drift: sml does not see it
         self.base = base and base.requires_grad_(False)
 
-    @property
-    def shape(self):
-        return (self.f[1].in_features,)
-
     def forward(self, x):
         E = self.f(x).squeeze(1)
         return E if self.base is None else E + self.base.energy(x)
@@ -177,9 +173,6 @@ class Model(nn.Module):
 
     def __init__(self, energy, flow, start):
         super().__init__()
-        if flow is not None and flow.shape != energy.shape:
-            raise RunError(f"the flow takes events of shape {tuple(flow.shape)} and the energy of {energy.shape}: "
-                           "give both the same dimension")
         self.energy, self.flow, self.start = energy, flow, start.requires_grad_(False)
 
 

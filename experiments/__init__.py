@@ -34,3 +34,11 @@ def recorded(path, **identity):
 def record(path, result):
     """Writes a dict to the file as JSON, whole or not at all."""
     write(path, (json.dumps(result, indent=1) + "\n").encode())
+
+
+def described(report):
+    """A report of sampling.py in words."""
+    rates = {"acceptance": report.acceptance, "global acceptance": report.global_acceptance}
+    return f"step size {report.step_size:.3g}" + "".join(
+        f", {name} {rate.mean():.3f} ({rate.min():.3f} to {rate.max():.3f} by chain)"
+        for name, rate in rates.items() if rate is not None)

@@ -18,6 +18,7 @@ import torch
 from matplotlib.figure import Figure
 
 from data import MNIST, dequantize, load_images
+from experiments import described
 from experiments.trained import load_mnist
 from sampling import SamplingError, mala, tune
 from support.run import one_line_errors, save_picture
@@ -36,7 +37,7 @@ def experiment(a):
         x, report = mala(flow.energy, x, step - done - half, step_size.item())
         columns.append(x)
         done = step
-        print(f"step {step:8}  energy {flow.energy(x).mean():10.1f}  {report}")
+        print(f"step {step:8}  energy {flow.energy(x).mean():10.1f}  {described(report)}")
     exact = model.sample(4 * a.chains)
     images = dequantize(test_set[:1000]).view(-1, *flow.shape)
     with torch.no_grad():

@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 
 from data import MNIST, dequantize, load_images
 from ebflow import EBFlow
-from experiments import record
+from experiments import described, record
 from experiments.trained import load_mnist
 from sampling import SamplingError, impute, tune
 from support.run import one_line_errors, save_picture
@@ -43,7 +43,7 @@ def complete(model, z, mask, draws, steps):
     start = torch.where(mask, torch.randn_like(z), z)
     z, step_size = tune(model.energy, start, steps, step_size=1e-3, where=mask)
     z, report = impute(model.energy, z, mask, steps, step_size.item(), adjusted=True, start=z)
-    print(report)
+    print(described(report))
     return z.unflatten(0, (draws, -1))
 
 

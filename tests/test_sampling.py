@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import sampling
 from ebflow import EBFlow, fc_flow
+from experiments import described
 from layers import FullyConnected
 from sampling import (SamplingError, alternate, autocorrelation_time, effective_sample_size, estimate_log_z, impute,
                       independence, langevin, mala, tune)
@@ -229,8 +230,8 @@ def test_the_acceptance_that_is_reported_is_the_share_of_steps_in_which_the_chai
     assert 0 < moved.min() and moved.max() < 40 and moved.unique().numel() > 1
     assert report.step_size == 1.5
     share = moved / 40
-    assert str(report) == (f"step size 1.5, acceptance {share.mean():.3f} "
-                           f"({share.min():.3f} to {share.max():.3f} by chain)")
+    assert described(report) == (f"step size 1.5, acceptance {share.mean():.3f} "
+                                   f"({share.min():.3f} to {share.max():.3f} by chain)")
 
 
 def test_a_step_evaluates_the_energy_once():
@@ -349,7 +350,7 @@ def test_the_report_of_alternate_counts_local_and_global_moves_by_chain():
     assert torch.equal(x_found, x)
     assert torch.equal(report.acceptance, local / 120) and torch.equal(report.global_acceptance, jumps / 30)
     assert local.max() < 120 and 0 < jumps.sum() < 6 * 30
-    assert "global acceptance" in str(report)
+    assert "global acceptance" in described(report)
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -14,14 +14,13 @@ import losses
 import train_ebm
 from conftest import assert_same_bits, checkpoint, failing, stop_after, timeless
 from data import TOYS, Mixture, mixture
-from ebflow import toy_flow
 from experiments import balanced
 from sampling import Report
 from support import plots, settings
 from support.judge import Truth, mixing
 from support.optimization import trainable
-from support.run import Run, RunError, read_metrics
-from train_ebm import FIGURES, Energy, Model, follow, gaussian, main, make_model, step
+from support.run import Run, read_metrics
+from train_ebm import FIGURES, follow, gaussian, main, make_model, step
 
 FILES = {"checkpoint.pt", "config.json", "metrics.jsonl", "density.png", "mode_weights.png"}
 SAMPLERS = ("flow", "langevin", "short")
@@ -426,13 +425,6 @@ def test_errors_are_one_line(finished, tmp_path, capsys, monkeypatch):
     assert "--chains must be above 0" in fails(capsys, "--chains", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert "start it without torchrun" in fails(capsys, *arguments(tmp_path / "two"))
-
-
-def test_a_flow_and_an_energy_of_different_dimensions_are_an_error_of_one_line():
-    energy = Energy(torch.ones(3), torch.zeros(3), 8)
-    with pytest.raises(RunError, match=r"the flow takes events of shape \(2,\) and the energy of \(3,\)") as error:
-        Model(energy, toy_flow(dim=2, blocks=1, width=4), gaussian(torch.randn(10, 3)))
-    assert "\n" not in str(error.value)
 
 
 def test_chains_that_leave_the_finite_range_name_the_step_and_the_last_checkpoint_is_kept(
