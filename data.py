@@ -42,8 +42,8 @@ def read_idx(path):
 def load_images(path):
     """Training, validation and test images: three uint8 tensors (n, C, H, W).
 
-    path    a directory with the files of a data set in MNIST's format (Fashion-MNIST and KMNIST have it, too), or of the
-            binary version of CIFAR-10; or a NumPy file of bytes, (n, H, W) or (n, H, W, C)
+    path    a directory with the files of MNIST (or Fashion-MNIST, KMNIST; gzipped or not), or with those of the binary
+            version of CIFAR-10; or a NumPy file of bytes, (n, H, W) or (n, H, W, C)
 
     The last sixth of the training images is the validation split, so MNIST has 50,000, 10,000 and 10,000 images. In a
     NumPy file, the last seventh is the test split. Raises DataError.
@@ -57,7 +57,17 @@ def load_images(path):
         train = torch.cat([read_cifar(path / f"data_batch_{i}.bin") for i in range(1, 6)])
         test = read_cifar(path / "test_batch.bin")
     else:
-        train, test = read_mnist(path, "train"), read_mnist(path, "t10k")
+        splits = []
+        for name in ("train-images-idx3-ubyte", "t10k-images-idx3-ubyte"):
+            file = next(iter(path.glob(f"{name}*")), None)
+            if file is None:
+                raise DataError(f"no {name}.gz (nor {name}) in {path}: --data takes a directory with the files of "
+                                "MNIST's format or of CIFAR-10's binary version, or a .npy file")
+            images = read_idx(file)
+            if images.dim() != 3:
+                raise DataError(f"{file} holds an array of {images.dim()} axes, not (images, rows, columns)")
+            splits.append(images[:, None])
+        train, test = splits
     if 0 in train.shape[1:]:
         raise DataError(f"{path} holds images without pixels: their shape is {tuple(train.shape[1:])}")
     if train.shape[1:] != test.shape[1:]:
@@ -68,30 +78,17 @@ def load_images(path):
     return train[:n], train[n:], test
 
 
-def read_mnist(directory, split):
-    """The images of a file in MNIST's format, gzipped or not.   -> uint8 (n, 1, H, W)"""
-    path = directory / f"{split}-images-idx3-ubyte.gz"
-    path = path if path.is_file() else path.with_suffix("")
-    if not path.is_file():
-        raise DataError(f"no {path.name}.gz (nor {path.name}) in {directory}: --data takes a directory with the files of "
-                        "a data set in MNIST's format or of CIFAR-10's binary version, or a .npy file")
-    images = read_idx(path)
-    if images.dim() != 3:
-        raise DataError(f"{path} holds an array of {images.dim()} axes, not (images, rows, columns)")
-    return images[:, None]
-
-
 def read_cifar(path):
-    """The images of a file of CIFAR-10's binary version: a byte for the label, then 3 × 32 × 32.   -> uint8 (n, 3, 32, 32)
+    """The images of a file of CIFAR-10's binary version: a byte for the label, then 3 × 32 × 32 for the image.
 
-    Source: the home page of CIFAR-10 (Krizhevsky).
+    -> uint8 (n, 3, 32, 32). Source: the home page of CIFAR-10 (Krizhevsky).
     """
     try:
         raw = np.fromfile(path, np.uint8)
     except OSError as error:
         raise DataError(f"cannot read {path}: {error}; CIFAR-10 has data_batch_1 … 5.bin and test_batch.bin") from None
     if len(raw) == 0 or len(raw) % 3073:
-        raise DataError(f"{path} holds {len(raw)} bytes, no multiple of 3,073: it is no file of CIFAR-10's binary version")
+        raise DataError(f"{path} holds {len(raw)} bytes, no multiple of 3,073: it is no binary file of CIFAR-10")
     return torch.from_numpy(raw.reshape(-1, 3073)[:, 1:].reshape(-1, 3, 32, 32).copy())
 
 

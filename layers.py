@@ -196,6 +196,10 @@ class Conv1x1(LinearLayer):
         return math.prod(shape[1:]) * torch.linalg.slogdet(self.weight.double()).logabsdet
 
 
+class ConstantChannel(ValueError):
+    """An actnorm met a channel without variance."""
+
+
 class ActNorm(LinearLayer):
     """y = exp(s) ⊙ x + b, with one s and one b per channel (dimension 1 of the batch).
 
@@ -218,11 +222,11 @@ class ActNorm(LinearLayer):
         """Moves s and b this fraction of the way to the values at which the batch x comes out with mean 0, variance 1.
 
         Glow does this once, with fraction 1. ours: a smaller fraction every few steps tracks the moments of x.
-        Raises ValueError where a channel of x is constant.
+        Raises ConstantChannel where a channel of x is constant.
         """
         x = x.transpose(0, 1).flatten(1)  # (C, n)
         if x.shape[1] == 1 or (x == x[:, :1]).all(1).any():
-            raise ValueError("actnorm cannot start from a batch with a constant channel: give it more samples")
+            raise ConstantChannel("actnorm cannot start from a batch with a constant channel: give it more samples")
         std, mean = torch.std_mean(x, dim=1)  # (C,)
         self.log_scale.lerp_(-std.log(), fraction)
         self.bias.lerp_(-mean / std, fraction)

@@ -7,7 +7,6 @@ One run fills one directory: curves.png, samples.png, metrics.jsonl, config.json
 decides which epoch is kept, and the test split is read once, at the end. Recipes and settings: support/settings.py.
 """
 
-import contextlib
 import copy
 import hashlib
 import math
@@ -19,7 +18,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from data import DataError, dequantize, load_images
 from ebflow import EBFlow, cnn_flow, fc_flow, glow_flow, logit_preprocessing
-from layers import ActNorm, FullyConnected
+from layers import ActNorm, ConstantChannel, FullyConnected
 from losses import OBJECTIVES
 from support import plots, processes, settings
 from support.fast import accelerated, fast_products
@@ -63,7 +62,7 @@ def train(s, device):
 
             if s.actnorm == "moments" and s.ema:                       # averaged weights have their own moments
                 torch.manual_seed(0)
-                track_moments(evaluated, dequantize(train_set[:1000]).view(-1, *model.shape))
+                track_moments(evaluated, dequantize(train_set[:5000]).view(-1, *model.shape))
             row = {"epoch": epoch, "step": epoch * steps, "loss": None} | run.means  # of what was recorded
             row |= evaluate("val", evaluated, val_set)                 # exact, with log Z
             if epoch and row["val_nll"] < best["val_nll"]:
@@ -175,8 +174,7 @@ def build(s, images):
     if s.actnorm != "none":
         if s.arch != "glow":
             flow = EBFlow([*flow.layers, ActNorm(flow.shapes[-1][0])], shape)
-        with constant_channels_named():
-            flow.initialize(pre(dequantize(images[:1000].view(-1, *shape))))
+        flow.initialize(pre(dequantize(images[:1000].view(-1, *shape))))
         for layer in flow.modules() if s.actnorm == "held" else flow.layers[-1:]:
             if isinstance(layer, ActNorm):
                 layer.requires_grad_(s.actnorm == "trained")
@@ -190,16 +188,7 @@ def track_moments(flow, x, fraction=1.0):
     Score matching barely constrains the mean and scale of the flow's output. Likelihood does, and before the prior
     N(0, I) these moments maximise it.
     """
-    with constant_channels_named():
-        flow.layers[-1].initialize(EBFlow(flow.layers[:-1], flow.shape)(x), fraction)
-
-
-@contextlib.contextmanager
-def constant_channels_named():
-    try:
-        yield
-    except ValueError as error:
-        raise RunError(f"{error}, or take another --actnorm") from None
+    flow.layers[-1].initialize(EBFlow(flow.layers[:-1], flow.shape)(x), fraction)
 
 
 # ---- Evaluation ------------------------------------------------------------------------------------------------------
@@ -218,7 +207,8 @@ def evaluate(split, model, images):
 def main(argv=None):
     s = settings.parse(settings.Mnist, argv)
     shared = {"--batch-size": s.batch_size} | ({"--model-samples": s.model_samples} if s.loss == "sml" else {})
-    with one_line_errors(DataError, torch.linalg.LinAlgError), processes.joined(s.device, shared) as device:
+    errors = one_line_errors(DataError, ConstantChannel, torch.linalg.LinAlgError)
+    with errors, processes.joined(s.device, shared) as device:
         train(s, device)
 
 

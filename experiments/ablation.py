@@ -67,7 +67,7 @@ def train(s, splits, device):
 
         if s.actnorm == "moments":                                     # averaged parameters have their own moments
             torch.manual_seed(0)
-            train_mnist.track_moments(averaged, dequantize(train_set[:1000]).view(-1, *model.shape))
+            train_mnist.track_moments(averaged, dequantize(train_set[:5000]).view(-1, *model.shape))
         nlls = {name: train_mnist.evaluate("test", evaluated, test_set)["test_nll"]
                 for name, evaluated in (("EMA", averaged), ("no EMA", model))}
         broke = None

@@ -58,7 +58,8 @@ def main(argv=None):
         runs = before | dict(read(directory, a.machine) for directory in a.runs)
         runs = {cell: runs[cell] for cell in PAPER if cell in runs}
         record(path, {"command": "python -m experiments.paper", "runs": runs})
-        tuned = {cell.split()[0]: json.loads((a.results / f"mnist-{cell.split()[0]}.json").read_text()) for cell in runs}
+        tuned = {arch: json.loads((a.results / f"mnist-{arch}.json").read_text())
+                 for arch in dict.fromkeys(cell.split()[0] for cell in runs)}
         print("\n".join(rows(runs, tuned)))
 
 

@@ -70,7 +70,7 @@ class Mnist(Settings):
     diagonal: float = setting(1.0, "weights start at diagonal · I", of=("fc", "cnn"))
     bias: float = setting(0.0, "biases start at this; of a CNN at random, this times Xavier's deviation", least=0,
                           of=("fc", "cnn"))
-    bend: float = setting(1.5, "ours: the activation bends at -bend and is 0 at 0; None in --paper",
+    bend: float = setting(0.0, "ours: the activation bends at -bend and is 0 at 0; None in --paper",
                           of=("fc", "cnn"))
     actnorm: str = setting("none", "last layer: none, a trained actnorm, (ours) one that tracks its input's moments; "
                            "held: it and all others stay at the start's moments",
@@ -92,16 +92,17 @@ class Mnist(Settings):
         return (PAPER if self.paper else RECIPES).get(f"{self.arch} {self.loss}")
 
 
+FC = dict(epochs=8, normalize="whiten", diagonal=2.0, actnorm="moments", sigma=0.7)
 CNN_ML = dict(epochs=5, lr=1e-2, normalize="whiten", diagonal=0.6, bend=1.0)
-CNN = dict(epochs=6, lr=5e-4, normalize="whiten", diagonal=-0.6, bend=0.0, actnorm="moments")
+CNN = dict(epochs=6, lr=5e-4, normalize="whiten", diagonal=-0.6, actnorm="moments")
 GLOW_ML = dict(epochs=5, lr=1e-3, clip=500.0, actnorm="trained")
 GLOW = dict(epochs=5, lr=1e-3, normalize="whiten", floor=0.5, actnorm="moments")
 RECIPES = {  # ours
-    "fc ml":      dict(epochs=40, batch_size=200, lr=6e-3, bend=0.0),
-    "fc sml":     dict(epochs=25, batch_size=200, lr=3e-3, bend=0.0, model_samples=400),
-    "fc ssm":     dict(epochs=10, normalize="whiten", sigma=0.0),
-    "fc dsm":     dict(),
-    "fc fdssm":   dict(epochs=40, batch_size=500, normalize="whiten", sigma=0.0),
+    "fc ml":      dict(epochs=40, batch_size=200, lr=6e-3),
+    "fc sml":     dict(epochs=25, batch_size=200, lr=3e-3, model_samples=400),
+    "fc ssm":     FC,
+    "fc dsm":     FC,
+    "fc fdssm":   FC | dict(epochs=40, batch_size=500),
     "cnn ml":     CNN_ML,
     "cnn sml":    CNN_ML,
     "cnn ssm":    CNN | dict(epochs=8),

@@ -145,7 +145,8 @@ def test_the_tables_of_mnist_hold_the_recorded_numbers(arch, name):
     lambda: paper.rows(result("paper.json")["runs"], {a: result(f"mnist-{a}.json") for a in ("fc", "cnn", "glow")}),
     lambda: balanced.rows(result("balanced.json")["runs"]),
     lambda: runtime.table([row for size in result("runtime-cpu.json")["runs"].values() for row in size]),
-], ids=["toys", "depth", "rivals", "race on a CPU", "race on a GPU", "ablation of FC", "of the CNN", "paper", "balanced", "runtime"])
+], ids=["toys", "depth", "rivals", "race on a CPU", "race on a GPU", "ablation of FC", "of the CNN", "paper",
+        "balanced", "runtime"])
 def test_a_table_holds_the_recorded_numbers(rows):
     for row in rows():
         assert row in RESULTS
