@@ -225,7 +225,7 @@ class ActNorm(LinearLayer):
         Raises ConstantChannel where a channel of x is constant.
         """
         x = x.transpose(0, 1).flatten(1)  # (C, n)
-        if x.shape[1] == 1 or (x == x[:, :1]).all(1).any():
+        if x.shape[1] == 1 or fraction == 1 and (x == x[:, :1]).all(1).any():  # a GPU must be waited for to look
             raise ConstantChannel("actnorm cannot start from a batch with a constant channel: give it more samples")
         std, mean = torch.std_mean(x, dim=1)  # (C,)
         self.log_scale.lerp_(-std.log(), fraction)

@@ -50,9 +50,10 @@ METHODS = {  # objective, and flags of train_mnist.py for each start: the best o
     "ml": ("ml", {"center": [], "whiten": ["--lr", "3e-3"]}),
     "relative": ("ml", {"center": ["--lr", "6e-3"], "whiten": ["--lr", "3e-3"]}),
     "self-norm": ("ml", {"center": ["--lr", "6e-3"], "whiten": ["--lr", "3e-3"]}),
-    "ssm": ("ssm", {"center": ["--lr", "1e-3"], "whiten": ["--lr", "3e-4"]}),
-    "dsm": ("dsm", {"center": ["--lr", "1e-3"], "whiten": ["--lr", "3e-4"]}),
+    "ssm": ("ssm", {"center": ["--lr", "1e-3", "--sigma", "0"], "whiten": ["--lr", "3e-4", "--sigma", "0"]}),
+    "dsm": ("dsm", {"center": ["--lr", "1e-3", "--sigma", "0.4"], "whiten": ["--lr", "3e-4", "--sigma", "0.4"]}),
 }
+PLAIN = {"ml": []} | dict.fromkeys(("ssm", "dsm"), ["--diagonal", "1", "--bend", "1.5", "--actnorm", "none"])
 
 
 # ---- The methods: layers with the gradients that a method gives them -------------------------------------------------
@@ -179,7 +180,7 @@ def train(name, normalize, flags, steps, every, splits, device, digits=1, until=
     The seconds are those of the steps, and those of whitening.
     """
     loss, own = METHODS[name]
-    s = settings.parse(settings.Mnist, ["--loss", loss, "--normalize", normalize, *own[normalize], *flags])
+    s = settings.parse(settings.Mnist, ["--loss", loss, "--normalize", normalize, *PLAIN[loss], *own[normalize], *flags])
     train_set, val_set = splits[0], beside(splits[1], digits).to(device)
     if len(train_set) // digits < s.batch_size or len(val_set) == 0:
         raise RunError(f"{len(train_set)} training images, {digits} beside each other, do not fill a batch of "

@@ -111,7 +111,8 @@ def test_a_run_that_is_not_there_is_one_line(tmp_path, main):
 @pytest.mark.parametrize("actnorm", ["none", "moments"])
 def test_the_ablation_measures_what_train_mnist_does_and_goes_on_from_what_it_has(tmp_path, capsys, actnorm):
     data = small_data_set(tmp_path)
-    shared = ["--data", str(data), "--device", "cpu", "--epochs", "2", "--batch-size", "50", "--actnorm", actnorm]
+    shared = ["--data", str(data), "--device", "cpu", "--epochs", "2", "--batch-size", "50", "--actnorm", actnorm,
+              "--normalize", "center"]
     ablated = [*shared, "--results", str(tmp_path), "--seeds", "1"]
     ablation.main(ablated)
     first = (tmp_path / "ablation-fc.json").read_text()
@@ -272,7 +273,8 @@ def test_the_rivals_run_and_go_on_from_what_they_have(tmp_path, capsys):
 def test_the_loop_of_the_rivals_trains_as_train_mnist_does(tmp_path, loss, flags):
     data = small_data_set(tmp_path)  # five batches
     flags = ["--batch-size", "50", "--lr", "1e-3", "--seed", "3", *flags]
-    train_mnist.main(["--loss", loss, "--normalize", "center", "--epochs", "2", *flags, "--data", str(data),
+    own = [*rivals.PLAIN[loss], *rivals.METHODS[loss][1]["center"]]
+    train_mnist.main(["--loss", loss, "--normalize", "center", "--epochs", "2", *own, *flags, "--data", str(data),
                       "--device", "cpu", "--out", str(tmp_path / "run")])
     curve = rivals.train(loss, "center", flags, 10, 5, load_images(data), CPU)["curve"]
     assert [step for step, _, _ in curve] == [0, 5, 10]
