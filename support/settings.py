@@ -102,7 +102,7 @@ RECIPES = {  # ours
     "fc sml":     dict(epochs=25, batch_size=200, lr=3e-3, model_samples=400),
     "fc ssm":     FC,
     "fc dsm":     FC,
-    "fc fdssm":   FC | dict(epochs=40, batch_size=500),
+    "fc fdssm":   FC | dict(epochs=16, batch_size=500),
     "cnn ml":     CNN_ML,
     "cnn sml":    CNN_ML,
     "cnn ssm":    CNN | dict(epochs=8),
