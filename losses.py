@@ -13,8 +13,17 @@ over dimensions. `ssm` and `fdssm` estimate `sm`; `dsm` is `sm` at the noisy poi
     dsm        one score                        O(D²L)
 
 The last four see only differences and derivatives of the energy in x. An additive constant such as log Z has none, so
-it gets no gradient. Every random tensor can be passed in. Source: Chao et al. (NeurIPS 2023); poster, Eqs. (2) to (7).
+it gets no gradient. Every random tensor can be passed in. Arguments that do not fit raise ValueError.
+
+`sm` and `ssm` need a continuous ∇E: a network with ReLU has a Hessian of 0 almost everywhere, and their minimum means
+nothing. Take SiLU, tanh or softplus, or `dsm`, which works with either. The sign of an energy is easily wrong: it is
+minus a log-density. `dsm` of E = 0 is D/2σ² on average; a trained energy is below that.
+
+Source: Chao et al. (NeurIPS 2023); poster, Eqs. (2) to (7).
 """
+
+import functools
+import inspect
 
 import torch
 
@@ -58,7 +67,8 @@ def fdssm(energy, x, xi, eps=None):
 
         (D/ξ²) · ( E[ 2E(x) - E(x+ε) - E(x-ε) ] + ⅛ E[ (E(x+ε) - E(x-ε))² ] ),   ε uniform on the sphere ‖ε‖ = ξ
 
-    eps like x, with norm ξ for each sample.   Poster, Eq. (6).
+    eps like x, with norm ξ for each sample. The energy sees 3B rows at once. Below ξ ≈ 0.01, float32 has no digits left
+    in the differences.   Poster, Eq. (6).
     """
     eps = on_sphere(x, xi) if eps is None else eps
     D = x[0].numel()
@@ -107,6 +117,45 @@ def _dot(a, b):
     """The inner product of each sample.   (B, …), (B, …) -> (B,)"""
     return (a * b).flatten(1).sum(1)
 
+
+def checked(objective):
+    """The objective, which raises ValueError where an argument does not fit, before anything broadcasts silently."""
+    signature = inspect.signature(objective)
+
+    @functools.wraps(objective)
+    def call(*args, **named):
+        if torch.compiler.is_compiling():
+            return objective(*args, **named)
+        bound = signature.bind(*args, **named)
+        (function, energy), (_, x), *rest = bound.arguments.items()
+        if torch.is_inference_mode_enabled():
+            raise ValueError("objectives differentiate the energy, which torch.inference_mode forbids: use no_grad")
+        if x.dim() < 2 or len(x) == 0 or not x.is_floating_point():
+            raise ValueError(f"x must be a batch of events in floating point, (B, …), not {x.dtype}, {tuple(x.shape)}")
+        for name, value in rest:
+            if name in ("v", "eps", "noise") and value is not None and value.shape != x.shape:
+                raise ValueError(f"{name} must have the shape of x, {tuple(x.shape)}, not {tuple(value.shape)}")
+            if name == "x_model" and (value.shape[1:] != x.shape[1:] or len(value) == 0):
+                raise ValueError(f"{name} must hold events like x, {tuple(x.shape[1:])}, not {tuple(value.shape[1:])}")
+            if name in ("xi", "sigma") and (value.dim() > 0 if torch.is_tensor(value) else not value > 0):
+                came = f"a tensor of shape {tuple(value.shape)}" if torch.is_tensor(value) else value
+                raise ValueError(f"{name} must be one positive number, not {came}")  # to look into one, a GPU would wait
+
+        def values(x):
+            E = energy(x)
+            if not torch.is_tensor(E) or E.shape != x.shape[:1]:
+                came = tuple(E.shape) if torch.is_tensor(E) else f"a {type(E).__name__}"
+                raise ValueError(f"{function} must map {tuple(x.shape)} to one number for each sample, ({len(x)},), not "
+                                 f"to {came}: pass flow.energy, or lambda x: -flow().log_prob(x), or flatten a (B, 1)")
+            return E
+
+        bound.arguments[function] = values
+        return objective(*bound.args, **bound.kwargs)
+
+    return call
+
+
+ml, sml, sm, ssm, fdssm, dsm = map(checked, (ml, sml, sm, ssm, fdssm, dsm))
 
 # --loss NAME minimises (model, batch, share, settings) -> (); `share` picks a process's rows (support/processes.py).
 OBJECTIVES = {

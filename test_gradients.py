@@ -402,6 +402,64 @@ def test_an_energy_may_be_any_callable(objective):
         assert value.shape == () and value.isfinite()
 
 
+E, X = (lambda x: 0.5 * x.square().flatten(1).sum(1)), torch.randn(5, 3)  # noqa: E731
+WRONG = {  # what a user may write, and a part of the message
+    "(B, 1)": (lambda: losses.dsm(lambda x: E(x)[:, None], X, 0.3), r"to \(5, 1\): pass flow.energy, or lambda x"),
+    "a mean": (lambda: losses.ssm(lambda x: E(x).mean(), X), r"\(5,\), not to \(\)"),
+    "a score": (lambda: losses.sm(lambda x: -x, X), r"to \(5, 3\)"),
+    "a flow": (lambda: losses.dsm(fc_flow(3).float(), X, 0.3), r"to \(5, 3\)"),
+    "a distribution": (lambda: losses.dsm(lambda x: torch.distributions.Normal(0.0, 1.0), X, 0.3), "to a Normal: pass"),
+    "a mean for ml": (lambda: losses.ml(lambda x: -E(x).mean(), X), "log_prob must map"),
+    "(B, 1) for fdssm": (lambda: losses.fdssm(lambda x: E(x)[:, None], X, 0.3), r"\(15,\), not to \(15, 1\)"),
+    "(B, 1) for sml": (lambda: losses.sml(lambda x: E(x)[:, None], X, X), r"to \(5, 1\)"),
+    "sigma 0": (lambda: losses.dsm(E, X, 0.0), "sigma must be one positive number, not 0.0"),
+    "sigma -1": (lambda: losses.dsm(E, X, sigma=-1), "sigma must be one positive number"),
+    "xi nan": (lambda: losses.fdssm(E, X, float("nan")), "xi must be one positive number, not nan"),
+    "xi 0": (lambda: losses.fdssm(E, X, 0), "xi must be one positive number, not 0"),
+    "xi of each sample": (lambda: losses.fdssm(E, X, torch.ones(5)), "xi must be one positive number"),
+    "sigma of each sample": (lambda: losses.dsm(E, X, torch.ones(5, 1)), "sigma must be one positive number"),
+    "v of one sample": (lambda: losses.ssm(E, X, torch.ones(3)), r"v must have the shape of x, \(5, 3\), not \(3,\)"),
+    "eps": (lambda: losses.fdssm(E, X, 0.3, X[:1]), "eps must have the shape of x"),
+    "noise": (lambda: losses.dsm(E, X, 0.3, noise=X[:, :1]), "noise must have the shape of x"),
+    "x_model": (lambda: losses.sml(E, X, X[:, :2]), r"x_model must hold events like x, \(3,\), not \(2,\)"),
+    "integers": (lambda: losses.ssm(E, torch.ones(5, 3, dtype=torch.int64)), "floating point, .* not torch.int64"),
+    "an empty batch": (lambda: losses.dsm(E, X[:0], 0.3), r"not torch.float\d+, \(0, 3\)"),
+    "no events": (lambda: losses.dsm(E, X[:, 0], 0.3), "x must be a batch of events"),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_a_wrong_use_of_an_objective_is_one_line_that_says_what_to_write(wrong):
+    use, message = WRONG[wrong]
+    with pytest.raises(ValueError, match=message) as error:
+        use()
+    assert "\n" not in str(error.value)
+
+
+def test_objectives_under_inference_mode_are_one_line():
+    with torch.inference_mode(), pytest.raises(ValueError, match="torch.inference_mode forbids: use no_grad"):
+        losses.ssm(E, X)
+
+
+def test_sliced_score_matching_does_not_see_the_kinks_of_a_network_with_relu_and_dsm_does():
+    """Its Hessian is 0 almost everywhere, so ssm is ½E‖∇E‖², whose minimum is any constant energy."""
+    def network(bend):
+        torch.manual_seed(0)
+        return torch.nn.Sequential(torch.nn.Linear(3, 50), bend, torch.nn.Linear(50, 1), torch.nn.Flatten(0))
+
+    x = torch.randn(500, 3)
+    for bend in (torch.nn.ReLU(), torch.nn.SiLU()):
+        energy = network(bend)
+        leaf = x.clone().requires_grad_()
+        gradient, = torch.autograd.grad(energy(leaf).sum(), leaf)
+        half_square = 0.5 * gradient.square().sum(1).mean()
+        kinks_are_seen = abs(losses.ssm(energy, x) - half_square) > 1e-3
+        assert kinks_are_seen == isinstance(bend, torch.nn.SiLU)
+    torch.manual_seed(1)
+    value = losses.dsm(lambda x: 0 * x.sum(1), x, sigma=0.5)  # E = 0: D/2σ² on average
+    assert value.item() == pytest.approx(3 / (2 * 0.5**2), rel=0.1)
+
+
 # ---------------------------------------------------------------------------------------------------------
 # 4. Match after pre-processing
 # ---------------------------------------------------------------------------------------------------------
