@@ -15,14 +15,14 @@ import math
 import torch
 import torch.nn as nn
 
-from layers import (ActNorm, AffineCoupling, Conv1x1, Convolution, FullyConnected, LinearLayer, LinearPart, Logit,
+from layers import (ActNorm, AffineCoupling, Conv1x1, Convolution, FullyConnected, Layer, LinearLayer, LinearPart, Logit,
                     NonlinearPart, SmoothLeakyReLU, Squeeze, Standardize)
 
 
 class EBFlow(nn.Module):
     """The flow g = g_L ∘ … ∘ g_1 of `layers` on events of `shape`, with the prior N(0, I).
 
-    Raises ValueError where a layer cannot take the shape that reaches it.
+    Raises ValueError where a layer is none of layers.py's kinds, or cannot take the shape that reaches it.
 
         >>> flow = fc_flow(dim=4)
         >>> x = torch.randn(3, 4)
@@ -35,7 +35,10 @@ class EBFlow(nn.Module):
         self.layers = nn.ModuleList(layers)
         self.shape = tuple(shape)
         self.shapes = [self.shape]  # of an event before each layer, and after the last
-        for layer in self.layers:
+        for i, layer in enumerate(self.layers):
+            if not isinstance(layer, Layer):
+                raise ValueError(f"layer {i} is a {type(layer).__name__}: a layer extends LinearLayer or NonlinearLayer, "
+                                 "and of another flow give the layers")
             self.shapes.append(tuple(layer.output_shape(self.shapes[-1])))
 
     def forward(self, x):
@@ -102,6 +105,8 @@ class EBFlow(nn.Module):
 
     def _transform(self, x):
         """u = g(x) and Σ_{i∈S_n} log|det J_i|.   (B, *shape) -> (B, *shapes[-1]), (B,)"""
+        if x.shape[1:] != self.shape:
+            raise ValueError(f"the flow takes a batch of events of shape {self.shape}, not {tuple(x.shape)}")
         log_abs_det = x.new_zeros(len(x))
         for layer in self.layers:
             if isinstance(layer, LinearLayer):

@@ -50,10 +50,11 @@ METHODS = {  # objective, and flags of train_mnist.py for each start: the best o
     "ml": ("ml", {"center": [], "whiten": ["--lr", "3e-3"]}),
     "relative": ("ml", {"center": ["--lr", "6e-3"], "whiten": ["--lr", "3e-3"]}),
     "self-norm": ("ml", {"center": ["--lr", "6e-3"], "whiten": ["--lr", "3e-3"]}),
-    "ssm": ("ssm", {"center": ["--lr", "1e-3", "--sigma", "0"], "whiten": ["--lr", "3e-4", "--sigma", "0"]}),
-    "dsm": ("dsm", {"center": ["--lr", "1e-3", "--sigma", "0.4"], "whiten": ["--lr", "3e-4", "--sigma", "0.4"]}),
+    "ssm": ("ssm", {"center": ["--lr", "1e-3"], "whiten": ["--lr", "3e-4"]}),
+    "dsm": ("dsm", {"center": ["--lr", "1e-3"], "whiten": ["--lr", "3e-4"]}),
 }
-PLAIN = {"ml": []} | dict.fromkeys(("ssm", "dsm"), ["--diagonal", "1", "--bend", "1.5", "--actnorm", "none"])
+FLOW = ["--diagonal", "1", "--bend", "1.5", "--actnorm", "none"]  # of score matching, when the rates were chosen
+PLAIN = {"ml": [], "ssm": [*FLOW, "--sigma", "0"], "dsm": [*FLOW, "--sigma", "0.4"]}
 
 
 # ---- The methods: layers with the gradients that a method gives them -------------------------------------------------

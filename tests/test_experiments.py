@@ -273,7 +273,7 @@ def test_the_rivals_run_and_go_on_from_what_they_have(tmp_path, capsys):
 def test_the_loop_of_the_rivals_trains_as_train_mnist_does(tmp_path, loss, flags):
     data = small_data_set(tmp_path)  # five batches
     flags = ["--batch-size", "50", "--lr", "1e-3", "--seed", "3", *flags]
-    own = [*rivals.PLAIN[loss], *rivals.METHODS[loss][1]["center"]]
+    own = rivals.PLAIN[loss]
     train_mnist.main(["--loss", loss, "--normalize", "center", "--epochs", "2", *own, *flags, "--data", str(data),
                       "--device", "cpu", "--out", str(tmp_path / "run")])
     curve = rivals.train(loss, "center", flags, 10, 5, load_images(data), CPU)["curve"]
