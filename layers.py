@@ -222,7 +222,7 @@ class ActNorm(LinearLayer):
         """Moves s and b this fraction of the way to the values at which the batch x comes out with mean 0, variance 1.
 
         Glow does this once, with fraction 1. ours: a smaller fraction every few steps tracks the moments of x.
-        Raises ConstantChannel where a channel of x is constant.
+        Raises ConstantChannel where a channel of x is constant; with a smaller fraction, where x has one value.
         """
         x = x.transpose(0, 1).flatten(1)  # (C, n)
         if x.shape[1] == 1 or fraction == 1 and (x == x[:, :1]).all(1).any():  # a GPU must be waited for to look

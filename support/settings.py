@@ -65,7 +65,7 @@ class Mnist(Settings):
     decay: float = setting(0.95, "factor after each of the first 49 epochs", above=0, most=1, of=("steps",))
     clip: float = setting(0.0, "largest norm of the gradient; 0: any", least=0)
     s: float = setting(1.0, "scale of the logits: z = logit(x / 256) / s", above=0)
-    normalize: str = setting("center", "ours: none leaves the logits; mean 0; variance 1, too; covariance I",
+    normalize: str = setting("center", "ours: raw logits; mean 0; mean 0 and variance 1; mean 0 and covariance I",
                              choices=("none", "center", "scale", "whiten"))
     diagonal: float = setting(1.0, "weights start at diagonal · I", of=("fc", "cnn"))
     bias: float = setting(0.0, "biases start at this; of a CNN at random, this times Xavier's deviation", least=0,
@@ -119,7 +119,7 @@ PAPER_FC = dict(epochs=10_000, optimizer="rmsprop", schedule="steps", s=0.5, nor
 PAPER_CNN = PAPER_FC | dict(epochs=1000, s=0.75, bias=0.01)
 PAPER_GLOW = dict(epochs=80, lr=1e-5, schedule="steps", decay=1.0, clip=500.0 * 784, normalize="none", actnorm="held",
                   coupling="tanh", width=512, depth=16)
-PAPER = {  # the authors divide ssm and dsm by D = 784, fdssm by D and sml by 2: clips, penalties and λ are on our scale
+PAPER = {  # the authors divide ssm, dsm and fdssm by D = 784 and sml by 2: clips, penalties and λ are on our scale
     "fc ml":      PAPER_FC,
     "fc sml":     PAPER_FC,
     "fc ssm":     PAPER_FC | dict(sigma=0.0),
@@ -130,7 +130,7 @@ PAPER = {  # the authors divide ssm and dsm by D = 784, fdssm by D and sml by 2:
     "cnn ssm":    PAPER_CNN | dict(sigma=0.0),
     "cnn dsm":    PAPER_CNN | dict(sigma=0.1, weight_decay=1e-5 * 784),
     "cnn fdssm":  PAPER_CNN | dict(sigma=0.0, xi=0.1, clip=5.0 * 784),
-    "glow ml":    PAPER_GLOW,  # the authors publish ssm and dsm for Glow
+    "glow ml":    PAPER_GLOW,  # for Glow the authors publish ssm and dsm alone
     "glow sml":   PAPER_GLOW,
     "glow ssm":   PAPER_GLOW | dict(sigma=0.0, energy_weight=0.1 * 784),
     "glow dsm":   PAPER_GLOW | dict(sigma=0.1, energy_weight=0.1 * 784),
