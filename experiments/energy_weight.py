@@ -3,8 +3,8 @@
     python -m experiments.energy_weight
 
 Four runs of `python train_mnist.py --paper --arch glow` with 32 channels, four steps in a block, and a learning rate of
-1e-3: maximum likelihood, sliced score matching alone, with λ·E as published, and λ·E alone. The actnorms are held, as
-published. Runs lie under runs/, and those that were stopped are continued. On one core they take 20 minutes.
+1e-3: maximum likelihood, denoising score matching alone, with λ·E as published, and λ·E alone. The actnorms are held,
+as published. Runs lie under runs/, and those that were stopped are continued. On one core they take 20 minutes.
 
 Writes results/energy-weight.json and prints the table of docs/results.md.
 """
@@ -19,7 +19,7 @@ from support.run import read_metrics
 from support.settings import PAPER
 
 FLAGS = ["--paper", "--arch", "glow", "--width", "32", "--depth", "4", "--lr", "1e-3"]
-RUNS = {"ml": ["--loss", "ml"], "ssm": ["--loss", "ssm", "--energy-weight", "0"], "ssm + λE": ["--loss", "ssm"],
+RUNS = {"ml": ["--loss", "ml"], "dsm": ["--loss", "dsm", "--energy-weight", "0"], "dsm + λE": ["--loss", "dsm"],
         "λE": ["--loss", "energy"]}
 
 
@@ -31,7 +31,7 @@ def rows(runs):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--epochs", default="4")
+    parser.add_argument("--epochs", default="2")
     parser.add_argument("--runs", type=Path, default=Path("runs"))
     parser.add_argument("--results", type=Path, default=Path("results"))
     a, flags = parser.parse_known_args(argv)

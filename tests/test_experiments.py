@@ -565,7 +565,7 @@ def test_the_energy_alone_is_an_objective_for_the_table_of_the_energy_weight(tmp
     energy_weight.main(["--epochs", "2", "--runs", str(tmp_path), "--results", str(tmp_path), "--data", str(data),
                         "--batch-size", "50", "--device", "cpu"])
     runs = json.loads((tmp_path / "energy-weight.json").read_text())["runs"]
-    assert [*runs] == ["ml", "ssm", "ssm + λE", "λE"] and all(len(run["val_nll"]) == 3 for run in runs.values())
+    assert [*runs] == ["ml", "dsm", "dsm + λE", "λE"] and all(len(run["val_nll"]) == 3 for run in runs.values())
     configs = [json.loads((tmp_path / f"energy-weight-{i}" / "config.json").read_text()) for i in range(4)]
     assert [c.get("energy_weight") for c in configs] == [None, 0.0, 78.4, None] and configs[3]["loss"] == "energy"
     assert all(row in capsys.readouterr().out for row in energy_weight.rows(runs)[:1])
