@@ -59,8 +59,9 @@ def load_images(path):
     else:
         splits = []
         for name in ("train-images-idx3-ubyte", "t10k-images-idx3-ubyte"):
-            file = next((f for f in (path / f"{name}.gz", path / name) if f.is_file()), None)
-            if file is None:
+            file = path / f"{name}.gz"
+            file = file if file.is_file() else path / name
+            if not file.is_file():
                 raise DataError(f"no {name}.gz (nor {name}) in {path}: --data takes a directory with the files of "
                                 "MNIST's format or of CIFAR-10's binary version, or a .npy file")
             images = read_idx(file)

@@ -15,8 +15,8 @@ import math
 import torch
 import torch.nn as nn
 
-from layers import (ActNorm, AffineCoupling, Conv1x1, Convolution, FullyConnected, Layer, LinearLayer, LinearPart, Logit,
-                    NonlinearPart, SmoothLeakyReLU, Squeeze, Standardize)
+from layers import (ActNorm, AffineCoupling, Conv1x1, Convolution, FullyConnected, Layer, LinearLayer, LinearPart,
+                    Logit, NonlinearPart, SmoothLeakyReLU, Squeeze, Standardize)
 
 
 class EBFlow(nn.Module):
@@ -37,8 +37,8 @@ class EBFlow(nn.Module):
         self.shapes = [self.shape]  # of an event before each layer, and after the last
         for i, layer in enumerate(self.layers):
             if not isinstance(layer, Layer):
-                raise ValueError(f"layer {i} is a {type(layer).__name__}: a layer extends LinearLayer or NonlinearLayer, "
-                                 "and of another flow give the layers")
+                raise ValueError(f"layer {i} is a {type(layer).__name__}: a layer extends LinearLayer or "
+                                 "NonlinearLayer, and of another flow give the layers")
             self.shapes.append(tuple(layer.output_shape(self.shapes[-1])))
 
     def forward(self, x):

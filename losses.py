@@ -139,14 +139,14 @@ def checked(objective):
                 raise ValueError(f"{name} must hold events like x, {tuple(x.shape[1:])}, not {tuple(value.shape[1:])}")
             if name in ("xi", "sigma") and (value.dim() > 0 if torch.is_tensor(value) else not value > 0):
                 came = f"a tensor of shape {tuple(value.shape)}" if torch.is_tensor(value) else value
-                raise ValueError(f"{name} must be one positive number, not {came}")  # to look into one, a GPU would wait
+                raise ValueError(f"{name} must be one positive number, not {came}")  # a GPU would wait for a value
 
         def values(x):
             E = energy(x)
             if not torch.is_tensor(E) or E.shape != x.shape[:1]:
                 came = tuple(E.shape) if torch.is_tensor(E) else f"a {type(E).__name__}"
-                raise ValueError(f"{function} must map {tuple(x.shape)} to one number for each sample, ({len(x)},), not "
-                                 f"to {came}: pass flow.energy, or lambda x: -flow().log_prob(x), or flatten a (B, 1)")
+                raise ValueError(f"{function} must map {tuple(x.shape)} to one number for each sample, ({len(x)},), "
+                                 f"not to {came}: pass flow.energy, lambda x: -flow().log_prob(x), or a flattened (B, 1)")
             return E
 
         bound.arguments[function] = values

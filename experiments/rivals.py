@@ -181,7 +181,8 @@ def train(name, normalize, flags, steps, every, splits, device, digits=1, until=
     The seconds are those of the steps, and those of whitening.
     """
     loss, own = METHODS[name]
-    s = settings.parse(settings.Mnist, ["--loss", loss, "--normalize", normalize, *PLAIN[loss], *own[normalize], *flags])
+    s = settings.parse(settings.Mnist, ["--loss", loss, "--normalize", normalize, *PLAIN[loss], *own[normalize],
+                                        *flags])
     train_set, val_set = splits[0], beside(splits[1], digits).to(device)
     if len(train_set) // digits < s.batch_size or len(val_set) == 0:
         raise RunError(f"{len(train_set)} training images, {digits} beside each other, do not fill a batch of "

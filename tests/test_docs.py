@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments import ablation, balanced, depth, paper, race, rivals, runtime, toys
+from experiments import ablation, balanced, depth, energy_weight, paper, race, rivals, runtime, toys
 from support import settings
 
 ROOT = Path(__file__).parent.parent
@@ -143,10 +143,11 @@ def test_the_tables_of_mnist_hold_the_recorded_numbers(arch, name):
     lambda: race.rows(result("race-cuda.json")["runs"]), lambda: ablation.rows(result("ablation-fc.json")["runs"]),
     lambda: ablation.rows(result("ablation-cnn.json")["runs"]),
     lambda: paper.rows(result("paper.json")["runs"], {a: result(f"mnist-{a}.json") for a in ("fc", "cnn", "glow")}),
+    lambda: energy_weight.rows(result("energy-weight.json")["runs"]),
     lambda: balanced.rows(result("balanced.json")["runs"]),
     lambda: runtime.table([row for size in result("runtime-cpu.json")["runs"].values() for row in size]),
 ], ids=["toys", "depth", "rivals", "race on a CPU", "race on a GPU", "ablation of FC", "of the CNN", "paper",
-        "balanced", "runtime"])
+        "energy weight", "balanced", "runtime"])
 def test_a_table_holds_the_recorded_numbers(rows):
     for row in rows():
         assert row in RESULTS

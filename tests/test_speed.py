@@ -37,7 +37,7 @@ def test_the_table_of_the_toys_has_a_row_for_each_objective(capsys):
 
 def test_the_table_of_images_has_the_floor_of_each_step(capsys, monkeypatch):
     images = torch.randint(0, 256, (500, 1, 6, 6), dtype=torch.uint8)
-    monkeypatch.setattr(speed, "mnist", lambda directory: (images, None, None))
+    monkeypatch.setattr(speed, "load_images", lambda directory: (images, None, None))
     speed.main(["--batch-size", "8", "--repeats", "1", "--device", "cpu"])
     _, product, head, *rows = capsys.readouterr().out.splitlines()
     assert product.startswith("one product of 8×36 with 36×36")

@@ -367,10 +367,10 @@ def test_overwrite_removes_everything_of_the_old_run_before_the_new_one_starts(d
 
 def test_a_checkpoint_of_other_settings_or_other_data_is_refused(data, finished, tmp_path, capsys):
     out, _ = finished("dsm")
-    line = fails(capsys, *arguments(data, out, "--epochs", "8", "--resume", "--lr", "0.5"))
+    line = fails(capsys, *arguments(data, out, "--epochs", "8", "--normalize", "center", "--resume", "--lr", "0.5"))
     assert "lr is 0.0001 there" in line and "0.5 here" in line
     small_data_set(tmp_path, n=330)
-    assert "sha256" in fails(capsys, *arguments(tmp_path, out, "--epochs", "8", "--resume"))
+    assert "sha256" in fails(capsys, *arguments(tmp_path, out, "--epochs", "8", "--normalize", "center", "--resume"))
 
 
 def one_byte_changed(checkpoint):
@@ -407,7 +407,7 @@ def test_a_checkpoint_of_another_version_is_one_line(data, finished, tmp_path, c
     old = checkpoint(finished("dsm")[0])
     del old["state"]["averaged"]
     torch.save(old, tmp_path / "checkpoint.pt")
-    line = fails(capsys, *arguments(data, tmp_path, "--epochs", "8", "--resume"))
+    line = fails(capsys, *arguments(data, tmp_path, "--epochs", "8", "--normalize", "center", "--resume"))
     assert "of another version of this code: start anew with --overwrite" in line
 
 
@@ -416,7 +416,7 @@ def test_lack_of_memory_is_no_other_version(data, finished, capsys, monkeypatch)
         raise torch.OutOfMemoryError
 
     monkeypatch.setattr(EBFlow, "load_state_dict", full)
-    line = fails(capsys, *arguments(data, finished("dsm")[0], "--epochs", "8", "--resume"))
+    line = fails(capsys, *arguments(data, finished("dsm")[0], "--epochs", "8", "--normalize", "center", "--resume"))
     assert line.startswith("error: not enough memory")
 
 
@@ -552,7 +552,8 @@ def batches(shades, tmp_path, no_pictures, monkeypatch):
         with monkeypatch.context() as patched:
             seen = spied(patched, "ssm")
             main(arguments(shades, tmp_path / str(seed), "--loss", "ssm", "--no-map", "--normalize", "none",
-                           "--sigma", "0", "--actnorm", "none", "--batch-size", "60", "--seed", str(seed), "--overwrite"))
+                           "--sigma", "0", "--actnorm", "none", "--batch-size", "60", "--seed", str(seed),
+                           "--overwrite"))
         return [x for _, x in seen]
     return run
 
