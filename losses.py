@@ -146,7 +146,7 @@ def checked(objective):
             if not torch.is_tensor(E) or E.shape != x.shape[:1]:
                 came = tuple(E.shape) if torch.is_tensor(E) else f"a {type(E).__name__}"
                 raise ValueError(f"{function} must map {tuple(x.shape)} to one number for each sample, ({len(x)},), "
-                                 f"not to {came}: pass flow.energy, lambda x: -flow().log_prob(x), or a flattened (B, 1)")
+                                 f"not to {came}: pass flow.energy, lambda x: -flow().log_prob(x), or flatten (B, 1)")
             return E
 
         bound.arguments[function] = values

@@ -404,7 +404,7 @@ def test_an_energy_may_be_any_callable(objective):
 
 E, X = (lambda x: 0.5 * x.square().flatten(1).sum(1)), torch.randn(5, 3)  # noqa: E731
 WRONG = {  # what a user may write, and a part of the message
-    "(B, 1)": (lambda: losses.dsm(lambda x: E(x)[:, None], X, 0.3), r"to \(5, 1\): pass flow.energy, or lambda x"),
+    "(B, 1)": (lambda: losses.dsm(lambda x: E(x)[:, None], X, 0.3), r"to \(5, 1\): pass flow.energy, lambda x"),
     "a mean": (lambda: losses.ssm(lambda x: E(x).mean(), X), r"\(5,\), not to \(\)"),
     "a score": (lambda: losses.sm(lambda x: -x, X), r"to \(5, 3\)"),
     "a flow": (lambda: losses.dsm(fc_flow(3).float(), X, 0.3), r"to \(5, 3\)"),
