@@ -39,7 +39,6 @@ def train(s, device):
     pre, flow = build(s, splits[0])
     model = EBFlow([*pre.layers, *flow.layers], pre.shape).to(device)  # of x; pre and flow are its parts
     averaged = copy.deepcopy(model)                                    # θ̃ of EMA
-    evaluated = averaged if s.ema else model
     step, optimizer = make_step(s, pre, flow, model, averaged)
 
     sha256 = hashlib.sha256(b"".join(map(torch.Tensor.numpy, splits))).hexdigest()
@@ -60,13 +59,14 @@ def train(s, device):
                 run.record(step(train_set[index], n))
             rate = steps / (time.perf_counter() - start) if epoch else None
 
-            if s.actnorm == "moments" and s.ema:                       # averaged weights have their own moments
+            evaluated = copy.deepcopy(averaged if s.ema else model)
+            if s.actnorm == "moments":                                 # those of clean images and of these weights
                 torch.manual_seed(0)
                 track_moments(evaluated, dequantize(train_set[:5000]).view(-1, *model.shape))
             row = {"epoch": epoch, "step": epoch * steps, "loss": None} | run.means  # of what was recorded
             row |= evaluate("val", evaluated, val_set)                 # exact, with log Z
             if epoch and row["val_nll"] < best["val_nll"]:
-                best = {"epoch": epoch, "val_nll": row["val_nll"], "model": copy.deepcopy(evaluated.state_dict())}
+                best = {"epoch": epoch, "val_nll": row["val_nll"], "model": evaluated.state_dict()}
             row["seconds"] = time.perf_counter() - start + (run.metrics[-1]["seconds"] if epoch else 0.0)
             row["batches_per_second"] = rate
             run.save(row, {"epoch": epoch, "best": best}, shown=("loss", "batches_per_second"))

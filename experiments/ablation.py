@@ -65,9 +65,9 @@ def train(s, splits, device):
                 raise RunError(f"the loss or its gradient is not finite in epoch {epoch}")
             norms += trace[:, 1].tolist()
 
-        if s.actnorm == "moments":                                     # averaged parameters have their own moments
+        for evaluated in (averaged, model) if s.actnorm == "moments" else ():  # those of clean images
             torch.manual_seed(0)
-            train_mnist.track_moments(averaged, dequantize(train_set[:5000]).view(-1, *model.shape))
+            train_mnist.track_moments(evaluated, dequantize(train_set[:5000]).view(-1, *model.shape))
         nlls = {name: train_mnist.evaluate("test", evaluated, test_set)["test_nll"]
                 for name, evaluated in (("EMA", averaged), ("no EMA", model))}
         broke = None
