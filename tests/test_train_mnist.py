@@ -849,7 +849,7 @@ def test_one_batch_in_ten_moves_the_last_actnorm(images, monkeypatch):
     assert fractions == 3 * [(flow.layers[-1], 0.1)]
 
 
-def test_the_weights_that_are_evaluated_have_a_last_actnorm_at_their_own_moments_of_clean_images(data, images, tmp_path, no_pictures):
+def test_what_is_evaluated_has_its_last_actnorm_at_the_moments_of_clean_images(data, images, tmp_path, no_pictures):
     worst = {}
     for actnorm, average in (("moments", "--ema"), ("moments", "--no-ema"), ("trained", "--ema")):
         out = tmp_path / f"{actnorm}{average}"
