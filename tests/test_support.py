@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from conftest import checkpoint
 from ebflow import fc_flow
 from sampling import SamplingError
-from support import run
+from support import plots, run
 from support.optimization import trainable, update_average
 from support.run import PICTURES, Run, RunError, one_line_errors, read_checkpoint, read_metrics, write
 
@@ -244,3 +244,14 @@ def test_pictures_are_listed_where_overwrite_looks_for_them():
     """All that the scripts draw into the directory of a run."""
     scripts = [(Path(run.__file__).parent.parent / f"train_{name}.py").read_text() for name in ("mnist", "toy", "ebm")]
     assert {name for text in scripts for name in re.findall(r'run.picture\("([\w.]+)"', text)} == {*PICTURES}
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_mosaic_shows_each_image_upright_in_its_place_row_by_row(channels):
+    images = torch.randint(-50, 300, (4, channels, 5, 3)).float()
+    shown = plots.mosaic(images).axes[0].images[0].get_array()
+    assert shown.shape[:2] == (10, 6)
+    for i, image in enumerate(images.clamp(0, 255) / 255):
+        top, left = 5 * (i // 2), 3 * (i % 2)
+        part = torch.as_tensor(shown[top:top + 5, left:left + 3].data).view(5, 3, channels)
+        torch.testing.assert_close(part, image.permute(1, 2, 0))
