@@ -60,7 +60,7 @@ def train(s, device):
             rate = steps / (time.perf_counter() - start) if epoch else None
 
             evaluated = copy.deepcopy(averaged if s.ema else model)
-            if s.actnorm == "moments":                                 # those of clean images and of these weights
+            if s.actnorm == "moments":                                 # of clean images: training saw noisy ones
                 torch.manual_seed(0)
                 track_moments(evaluated, dequantize(train_set[:5000]).view(-1, *model.shape))
             row = {"epoch": epoch, "step": epoch * steps, "loss": None} | run.means  # of what was recorded

@@ -65,7 +65,7 @@ def train(s, splits, device):
                 raise RunError(f"the loss or its gradient is not finite in epoch {epoch}")
             norms += trace[:, 1].tolist()
 
-        for evaluated in (averaged, model) if s.actnorm == "moments" else ():  # those of clean images
+        for evaluated in (averaged, model) if s.actnorm == "moments" else ():  # of clean images, as train_mnist.py does
             torch.manual_seed(0)
             train_mnist.track_moments(evaluated, dequantize(train_set[:5000]).view(-1, *model.shape))
         nlls = {name: train_mnist.evaluate("test", evaluated, test_set)["test_nll"]
