@@ -67,8 +67,9 @@ def fdssm(energy, x, xi, eps=None):
 
         (D/ξ²) · ( E[ 2E(x) - E(x+ε) - E(x-ε) ] + ⅛ E[ (E(x+ε) - E(x-ε))² ] ),   ε uniform on the sphere ‖ε‖ = ξ
 
-    eps like x, with norm ξ for each sample. The energy sees 3B rows at once. Below ξ ≈ 0.01, float32 has no digits left
-    in the differences.   Poster, Eq. (6).
+    eps like x, with norm ξ for each sample. The energy sees 3B rows at once: repeat a condition, c.repeat(3, 1). The
+    rounding error of the value is about the machine epsilon times D·E/ξ², so float32 loses its digits below ξ ≈ 0.01.
+    Poster, Eq. (6).
     """
     eps = on_sphere(x, xi) if eps is None else eps
     D = x[0].numel()
@@ -122,35 +123,48 @@ def checked(objective):
     """The objective, which raises ValueError where an argument does not fit, before anything broadcasts silently."""
     signature = inspect.signature(objective)
 
+    def what(value):
+        return f"{value.dtype} {tuple(value.shape)}" if torch.is_tensor(value) else f"a {type(value).__name__}"
+
     @functools.wraps(objective)
     def call(*args, **named):
         if torch.compiler.is_compiling():
             return objective(*args, **named)
         bound = signature.bind(*args, **named)
         (function, energy), (_, x), *rest = bound.arguments.items()
-        if torch.is_inference_mode_enabled():
+        if not torch.is_tensor(x) or x.dim() < 2 or x.numel() == 0 or not x.is_floating_point():
+            raise ValueError(f"x must be a batch of events in floating point, (B, …), not {what(x)}")
+        if torch.is_inference_mode_enabled() or x.is_inference():
             raise ValueError("objectives differentiate the energy, which torch.inference_mode forbids: use no_grad")
-        if x.dim() < 2 or len(x) == 0 or not x.is_floating_point():
-            raise ValueError(f"x must be a batch of events in floating point, (B, …), not {x.dtype}, {tuple(x.shape)}")
         for name, value in rest:
-            if name in ("v", "eps", "noise") and value is not None and value.shape != x.shape:
-                raise ValueError(f"{name} must have the shape of x, {tuple(x.shape)}, not {tuple(value.shape)}")
-            if name == "x_model" and (value.shape[1:] != x.shape[1:] or len(value) == 0):
-                raise ValueError(f"{name} must hold events like x, {tuple(x.shape[1:])}, not {tuple(value.shape[1:])}")
-            if name in ("xi", "sigma") and (value.dim() > 0 if torch.is_tensor(value) else not value > 0):
-                came = f"a tensor of shape {tuple(value.shape)}" if torch.is_tensor(value) else value
-                raise ValueError(f"{name} must be one positive number, not {came}")  # a GPU would wait for a value
+            if name in ("xi", "sigma"):
+                number = getattr(value, "ndim", 0 if isinstance(value, (int, float)) else 1) == 0
+                least = torch.finfo(x.dtype).eps ** 0.5 if name == "xi" else 0  # below, E(x ± ε) - E(x) has no digits
+                elsewhere = torch.is_tensor(value) and not value.is_cpu  # a GPU would have to be waited for
+                if not (number and (elsewhere or least < value < torch.inf)):
+                    raise ValueError(f"{name} must be one finite number above {least:.1g}, "
+                                     f"not {value if number else what(value)}")
+            elif name == "x_model" or name in ("v", "eps", "noise") and value is not None:
+                if not (torch.is_tensor(value) and value.dtype == x.dtype and value.shape[1:] == x.shape[1:]
+                        and (len(value) == len(x) or name == "x_model" and len(value) > 0)):
+                    raise ValueError(f"{name} must be like x, {what(x)}, not {what(value)}")
 
         def values(x):
-            E = energy(x)
-            if not torch.is_tensor(E) or E.shape != x.shape[:1]:
-                came = tuple(E.shape) if torch.is_tensor(E) else f"a {type(E).__name__}"
+            E = energy(x) if callable(energy) else energy
+            if not torch.is_tensor(E) or E.shape != x.shape[:1] or not E.is_floating_point():
+                write = "flow.log_prob" if function == "log_prob" else "flow.energy, lambda x: -flow().log_prob(x)"
                 raise ValueError(f"{function} must map {tuple(x.shape)} to one number for each sample, ({len(x)},), "
-                                 f"not to {came}: pass flow.energy, lambda x: -flow().log_prob(x), or flatten (B, 1)")
+                                 f"not to {what(E)}: pass {write}, or flatten (B, 1)")
             return E
 
         bound.arguments[function] = values
-        return objective(*bound.args, **bound.kwargs)
+        try:
+            return objective(*bound.args, **bound.kwargs)
+        except RuntimeError as error:
+            if "does not require grad" in str(error) or "not have been used in the graph" in str(error):
+                raise ValueError(f"{objective.__name__} cannot differentiate the {function} in x: write it without "
+                                 "detach and no_grad, and not linear in x") from error
+            raise
 
     return call
 

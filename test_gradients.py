@@ -402,28 +402,75 @@ def test_an_energy_may_be_any_callable(objective):
         assert value.shape == () and value.isfinite()
 
 
+@pytest.mark.parametrize("shape", [(4,), (1, 2, 2)])
+def test_a_gaussian_pins_the_sign_and_the_scale_of_every_objective(shape):
+    """x ~ N(0, s²I): E = ½‖x‖²/s² + const, ∇E = x/s², ∇²E = I/s². With -E in place of E every value is another one."""
+    x, x_model, D, s, sigma, xi = torch.randn(5, *shape), torch.randn(7, *shape), 4, 0.8, 0.6, 0.5
+    square, square_model = (t.square().flatten(1).sum(1).mean() for t in (x, x_model))
+    energy = lambda x: 0.5 * x.square().flatten(1).sum(1) / s**2  # noqa: E731
+    axes = torch.cat([torch.eye(D), -torch.eye(D)]).view(-1, 1, *shape).expand(-1, *x.shape)  # √D of them: E[nnᵀ] = I
+
+    def average(objective):
+        return sum(map(objective, axes)) / len(axes)
+
+    sm = 0.5 * square / s**4 - D / s**2
+    found = {
+        "ml": (losses.ml(lambda x: -energy(x) - D * math.log(s * math.sqrt(2 * math.pi)), x),
+               0.5 * square / s**2 + D * math.log(s * math.sqrt(2 * math.pi))),
+        "sml": (losses.sml(energy, x, x_model), 0.5 * (square - square_model) / s**2),
+        "sm": (losses.sm(energy, x), sm),
+        "ssm": (losses.ssm(energy, x), sm),
+        "fdssm": (average(lambda e: losses.fdssm(energy, x, xi, xi * e)), sm),
+        "dsm": (average(lambda e: losses.dsm(energy, x, sigma, math.sqrt(D) * e)),
+                sm + D * sigma**2 / (2 * s**4) + D / (2 * sigma**2))}
+    assert found.keys() == OBJECTIVES.keys() | {"sm"}
+    for name, (value, expected) in found.items():
+        torch.testing.assert_close(value, expected, rtol=1e-13, atol=1e-13, msg=name)
+
+
 E, X = (lambda x: 0.5 * x.square().flatten(1).sum(1)), torch.randn(5, 3)  # noqa: E731
+NORMAL = torch.distributions.MultivariateNormal(torch.zeros(3), torch.eye(3))
 WRONG = {  # what a user may write, and a part of the message
-    "(B, 1)": (lambda: losses.dsm(lambda x: E(x)[:, None], X, 0.3), r"to \(5, 1\): pass flow.energy, lambda x"),
-    "a mean": (lambda: losses.ssm(lambda x: E(x).mean(), X), r"\(5,\), not to \(\)"),
-    "a score": (lambda: losses.sm(lambda x: -x, X), r"to \(5, 3\)"),
-    "a flow": (lambda: losses.dsm(fc_flow(3).float(), X, 0.3), r"to \(5, 3\)"),
-    "a distribution": (lambda: losses.dsm(lambda x: torch.distributions.Normal(0.0, 1.0), X, 0.3), "to a Normal: pass"),
-    "a mean for ml": (lambda: losses.ml(lambda x: -E(x).mean(), X), "log_prob must map"),
-    "(B, 1) for fdssm": (lambda: losses.fdssm(lambda x: E(x)[:, None], X, 0.3), r"\(15,\), not to \(15, 1\)"),
-    "(B, 1) for sml": (lambda: losses.sml(lambda x: E(x)[:, None], X, X), r"to \(5, 1\)"),
-    "sigma 0": (lambda: losses.dsm(E, X, 0.0), "sigma must be one positive number, not 0.0"),
-    "sigma -1": (lambda: losses.dsm(E, X, sigma=-1), "sigma must be one positive number"),
-    "xi nan": (lambda: losses.fdssm(E, X, float("nan")), "xi must be one positive number, not nan"),
-    "xi 0": (lambda: losses.fdssm(E, X, 0), "xi must be one positive number, not 0"),
-    "xi of each sample": (lambda: losses.fdssm(E, X, torch.ones(5)), "xi must be one positive number"),
-    "sigma of each sample": (lambda: losses.dsm(E, X, torch.ones(5, 1)), "sigma must be one positive number"),
-    "v of one sample": (lambda: losses.ssm(E, X, torch.ones(3)), r"v must have the shape of x, \(5, 3\), not \(3,\)"),
-    "eps": (lambda: losses.fdssm(E, X, 0.3, X[:1]), "eps must have the shape of x"),
-    "noise": (lambda: losses.dsm(E, X, 0.3, noise=X[:, :1]), "noise must have the shape of x"),
-    "x_model": (lambda: losses.sml(E, X, X[:, :2]), r"x_model must hold events like x, \(3,\), not \(2,\)"),
+    "(B, 1)": (lambda: losses.dsm(lambda x: E(x)[:, None], X, 0.3), r"to torch.float32 \(5, 1\): pass flow.energy"),
+    "a mean": (lambda: losses.ssm(lambda x: E(x).mean(), X), r"\(5,\), not to torch.float32 \(\)"),
+    "a score": (lambda: losses.sm(lambda x: -x, X), r"to torch.float32 \(5, 3\)"),
+    "a flow": (lambda: losses.dsm(fc_flow(3).float(), X, 0.3), r"to torch.float32 \(5, 3\)"),
+    "a distribution": (lambda: losses.dsm(NORMAL, X, 0.3), "not to a MultivariateNormal: pass flow.energy"),
+    "a function to one": (lambda: losses.sm(lambda x: NORMAL, X), "not to a MultivariateNormal"),
+    "a distribution for ml": (lambda: losses.ml(NORMAL, X), "log_prob must map .*Normal: pass flow.log_prob"),
+    "a mean for ml": (lambda: losses.ml(lambda x: -E(x).mean(), X), r"float32 \(\): pass flow.log_prob"),
+    "(B, 1) for fdssm": (lambda: losses.fdssm(lambda x: E(x)[:, None], X, 0.3), r"\(15,\), not to .* \(15, 1\)"),
+    "(B, 1) for sml": (lambda: losses.sml(lambda x: E(x)[:, None], X, X), r"to torch.float32 \(5, 1\)"),
+    "an energy of integers": (lambda: losses.fdssm(lambda x: E(x).long(), X, 0.3), r"not to torch.int64 \(15,\)"),
+    "an energy under no_grad": (lambda: losses.ssm(torch.no_grad()(E), X), "ssm cannot differentiate"),
+    "a detached energy": (lambda: losses.dsm(lambda x: E(x.detach()), X, 0.3), "dsm cannot .* without detach"),
+    "a linear energy": (lambda: losses.sm(lambda x: x.sum(1), X), "not linear in x"),
+    "a linear network": (lambda: losses.ssm(lambda x: X[0].clone().requires_grad_() @ x.T, X), "not linear in x"),
+    "sigma 0": (lambda: losses.dsm(E, X, 0.0), "sigma must be one finite number above 0, not 0.0"),
+    "sigma -1": (lambda: losses.dsm(E, X, sigma=-1), "sigma must be one finite number above 0, not -1"),
+    "sigma inf": (lambda: losses.dsm(E, X, math.inf), "sigma must be one finite number above 0, not inf"),
+    "sigma None": (lambda: losses.dsm(E, X, None), "sigma must be one finite number above 0, not a NoneType"),
+    "sigma a negative tensor": (lambda: losses.dsm(E, X, torch.tensor(-0.5)), "above 0, not -0.5"),
+    "xi nan": (lambda: losses.fdssm(E, X, float("nan")), "xi must be one finite number above 0.0003, not nan"),
+    "xi 0": (lambda: losses.fdssm(E, X, 0), "xi must be one finite number above 0.0003, not 0"),
+    "xi below rounding": (lambda: losses.fdssm(E, X, 1e-8), "xi must be one finite number above 0.0003, not 1e-08"),
+    "the same in float64": (lambda: losses.fdssm(E, X.double(), 1e-8), "xi must be one finite number above 1e-08"),
+    "xi of each sample": (lambda: losses.fdssm(E, X, torch.ones(5)), r"xi must be one .*, not torch.float\d+ \(5,\)"),
+    "sigma of each sample": (lambda: losses.dsm(E, X, torch.ones(5, 1)), "sigma must be one finite number above 0"),
+    "sigma a list": (lambda: losses.dsm(E, X, [0.1]), "sigma must be one finite number above 0, not a list"),
+    "v of one sample": (lambda: losses.ssm(E, X, torch.ones(3)), r"v must be like x, .* not torch.float\d+ \(3,\)"),
+    "v of integers": (lambda: losses.ssm(E, X, torch.ones(5, 3, dtype=torch.int64)), "v must be like x, .*int64"),
+    "eps": (lambda: losses.fdssm(E, X, 0.3, X[:1]), "eps must be like x"),
+    "noise": (lambda: losses.dsm(E, X, 0.3, noise=X[:, :1]), "noise must be like x"),
+    "noise a number": (lambda: losses.dsm(E, X, 0.3, 0.5), "noise must be like x, .* not a float"),
+    "noise of another dtype": (lambda: losses.dsm(E, X, 0.3, X.double()), "like x, .* not torch.float64"),
+    "x_model": (lambda: losses.sml(E, X, X[:, :2]), r"x_model must be like x, .* \(5, 2\)"),
+    "no x_model": (lambda: losses.sml(E, X, X[:0]), r"x_model must be like x, .* not torch.float32 \(0, 3\)"),
+    "x_model None": (lambda: losses.sml(E, X, None), "x_model must be like x, .* not a NoneType"),
     "integers": (lambda: losses.ssm(E, torch.ones(5, 3, dtype=torch.int64)), "floating point, .* not torch.int64"),
-    "an empty batch": (lambda: losses.dsm(E, X[:0], 0.3), r"not torch.float\d+, \(0, 3\)"),
+    "an array": (lambda: losses.ssm(E, X.numpy()), "floating point, .* not a ndarray"),
+    "an empty batch": (lambda: losses.dsm(E, X[:0], 0.3), r"not torch.float32 \(0, 3\)"),
+    "empty events": (lambda: losses.dsm(E, X[:, :0], 0.3), r"not torch.float32 \(5, 0\)"),
     "no events": (lambda: losses.dsm(E, X[:, 0], 0.3), "x must be a batch of events"),
 }
 
@@ -436,9 +483,26 @@ def test_a_wrong_use_of_an_objective_is_one_line_that_says_what_to_write(wrong):
     assert "\n" not in str(error.value)
 
 
-def test_objectives_under_inference_mode_are_one_line():
-    with torch.inference_mode(), pytest.raises(ValueError, match="torch.inference_mode forbids: use no_grad"):
-        losses.ssm(E, X)
+def test_the_errors_of_an_energy_itself_are_left_as_they_are():
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        losses.dsm(torch.nn.Linear(4, 1), X.double(), 0.3)
+
+
+def test_objectives_under_inference_mode_or_on_what_it_made_are_one_line():
+    with torch.inference_mode():
+        x = X + 1
+        with pytest.raises(ValueError, match="torch.inference_mode forbids: use no_grad"):
+            losses.ssm(E, X)
+    with pytest.raises(ValueError, match="torch.inference_mode forbids: use no_grad"):
+        losses.fdssm(E, x, 0.3)
+
+
+def test_a_conditional_energy_of_fdssm_repeats_its_condition():
+    c, eps = torch.randn(5, 2), losses.on_sphere(X, 0.3)
+    conditional = lambda x, c: E(x) * (1 + c.square().sum(1))  # noqa: E731
+    found = losses.fdssm(lambda x: conditional(x, c.repeat(3, 1)), X, 0.3, eps)
+    each = [losses.fdssm(lambda x: conditional(x, c[i].expand(3, 2)), X[i:i + 1], 0.3, eps[i:i + 1]) for i in range(5)]
+    torch.testing.assert_close(found, sum(each) / 5)
 
 
 def test_sliced_score_matching_does_not_see_the_kinks_of_a_network_with_relu_and_dsm_does():
