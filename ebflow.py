@@ -16,13 +16,14 @@ import torch
 import torch.nn as nn
 
 from layers import (ActNorm, AffineCoupling, Conv1x1, Convolution, FullyConnected, Layer, LinearLayer, LinearPart,
-                    Logit, NonlinearPart, SmoothLeakyReLU, Squeeze, Standardize)
+                    Logit, NonlinearPart, SmoothLeakyReLU, Squeeze, Standardize, finite)
 
 
 class EBFlow(nn.Module):
     """The flow g = g_L ∘ … ∘ g_1 of `layers` on events of `shape`, with the prior N(0, I).
 
-    Raises ValueError where a layer is none of layers.py's kinds, or cannot take the shape that reaches it.
+    Raises ValueError where a layer is none of layers.py's kinds, or cannot take the shape that reaches it. So do the
+    methods where their argument, or what a layer returns, does not have the shape and the dtype that it should have.
 
         >>> flow = fc_flow(dim=4)
         >>> x = torch.randn(3, 4)
@@ -32,14 +33,16 @@ class EBFlow(nn.Module):
 
     def __init__(self, layers, shape):
         super().__init__()
-        self.layers = nn.ModuleList(layers)
-        self.shape = tuple(shape)
+        if not isinstance(shape, (tuple, list)):
+            raise ValueError(f"shape must be that of one event, such as (3,), not {shape}")
+        layers, self.shape = list(layers), tuple(shape)
         self.shapes = [self.shape]  # of an event before each layer, and after the last
-        for i, layer in enumerate(self.layers):
+        for i, layer in enumerate(layers):
             if not isinstance(layer, Layer):
-                raise ValueError(f"layer {i} is a {type(layer).__name__}: a layer extends LinearLayer or "
-                                 "NonlinearLayer, and of another flow give the layers")
+                raise ValueError(f"layer {i} must be an instance of LinearLayer or NonlinearLayer, not of "
+                                 f"{type(layer).__name__}; of another flow give the layers")
             self.shapes.append(tuple(layer.output_shape(self.shapes[-1])))
+        self.layers = nn.ModuleList(layers)
 
     def forward(self, x):
         """u = g(x).   (B, *shape) -> (B, *shapes[-1])"""
@@ -50,9 +53,10 @@ class EBFlow(nn.Module):
 
         Raises torch.linalg.LinAlgError, with the layer's name, if a weight is singular. Compiled code omits the name.
         """
+        self._check_events(u, self.shapes[-1])
         for i in reversed(range(len(self.layers))):
             try:
-                u = self.layers[i].inverse(u)
+                u = checked(self.layers[i], self.layers[i].inverse(u), (len(u), *self.shapes[i]))
             except torch.linalg.LinAlgError:
                 raise self._singular(i) from None
         return u
@@ -66,14 +70,14 @@ class EBFlow(nn.Module):
     def log_z(self):
         """log Z = -Σ_{i∈S_l} log|det J_i|, exact, in float64: the O(D³) part (poster, Eq. (9)).   -> ()
 
-        Raises torch.linalg.LinAlgError, with the layer's name, if a weight is singular or not finite.
+        Raises torch.linalg.LinAlgError, with the layer's name, if a weight is singular or not finite. In compiled code
+        and in vmap, the value is then not finite.
         """
         total = torch.zeros((), dtype=torch.float64)  # a () tensor adds to one on any device
         for i, layer in enumerate(self.layers):
             if isinstance(layer, LinearLayer):
-                log_abs_det = layer.log_abs_det(self.shapes[i])
-                # on device "meta" and while torch.compile traces there is no value to check
-                if not (log_abs_det.is_meta or torch.compiler.is_compiling() or log_abs_det.isfinite()):
+                log_abs_det = checked(layer, layer.log_abs_det(self.shapes[i]), ())
+                if not finite(log_abs_det):
                     raise self._singular(i)
                 total = total + log_abs_det
         return -total
@@ -84,19 +88,22 @@ class EBFlow(nn.Module):
 
     def score(self, x):
         """∇_x log p(x) = -∇_x E(x).   (B, *shape) -> (B, *shape)"""
-        with torch.enable_grad():
-            x = x.detach().requires_grad_()
+        with torch.inference_mode(False), torch.enable_grad():
+            x = x.detach().clone().requires_grad_()
             return -torch.autograd.grad(self.energy(x).sum(), x)[0]
 
     @torch.no_grad()
     def sample(self, n):
         """n draws x = g⁻¹(u), u ~ N(0, I), on the model's device and in its dtype.   -> (n, *shape)"""
-        like = next(self.parameters())
+        if not hasattr(n, "__index__") or n < 1:
+            raise ValueError(f"sample takes a number of draws, as in sample(10), not {n}")
+        like = next(self.parameters(), next(self.buffers(), torch.empty(0)))
         return self.inverse(torch.randn(n, *self.shapes[-1], device=like.device, dtype=like.dtype))
 
     @torch.no_grad()
     def initialize(self, x):
         """Data-dependent start: each linear layer starts from the batch as it reaches that layer (see ActNorm)."""
+        self._check_events(x, self.shape)
         for layer in self.layers:
             linear = isinstance(layer, LinearLayer)
             if linear:
@@ -105,16 +112,23 @@ class EBFlow(nn.Module):
 
     def _transform(self, x):
         """u = g(x) and Σ_{i∈S_n} log|det J_i|.   (B, *shape) -> (B, *shapes[-1]), (B,)"""
-        if x.shape[1:] != self.shape:
-            raise ValueError(f"the flow takes a batch of events of shape {self.shape}, not {tuple(x.shape)}")
-        log_abs_det = x.new_zeros(len(x))
-        for layer in self.layers:
+        self._check_events(x, self.shape)
+        B, log_abs_det = len(x), x.new_zeros(len(x))
+        for layer, shape in zip(self.layers, self.shapes[1:]):
             if isinstance(layer, LinearLayer):
-                x = layer(x)
+                x = checked(layer, layer(x), (B, *shape))
             else:
-                x, layer_log_abs_det = layer(x)
+                x, layer_log_abs_det = checked(layer, layer(x), (B, *shape), (B,))
                 log_abs_det = log_abs_det + layer_log_abs_det
         return x, log_abs_det
+
+    def _check_events(self, x, shape):
+        like = next(self.parameters(), x)
+        same = torch.is_tensor(x) and (x.dtype == like.dtype or torch.is_autocast_enabled(x.device.type))
+        if not same or x.shape[1:] != shape or len(x) == 0 or not x.is_floating_point():
+            came = f"{x.dtype} {tuple(x.shape)}" if torch.is_tensor(x) else f"a {type(x).__name__}"
+            dtype = like.dtype if isinstance(like, nn.Parameter) else "floating point"
+            raise ValueError(f"the flow takes a batch of events, {dtype} (B, *{shape}), not {came}")
 
     def _singular(self, i):
         name = type(self.layers[i]).__name__
@@ -131,6 +145,16 @@ class EBFlow(nn.Module):
             lines.append(line(f"{i} {type(layer).__name__}", "×".join(map(str, shape)), "yes" if linear else "no",
                               f"{size:,}" + " fixed" * fixed, "Z" if linear else "E", layer.cost))
         return "\n".join([*lines, line("total", "", "", f"{trained:,}", "", "").rstrip()])
+
+
+def checked(layer, found, *expected):
+    """What the layer returned. Raises ValueError unless it is one tensor of each shape that is expected."""
+    shapes = [getattr(t, "shape", t) for t in (found if isinstance(found, tuple) else (found,))]
+    if shapes != [*expected]:
+        came = (tuple(s) if isinstance(s, tuple) else f"a {type(s).__name__}" for s in shapes)
+        raise ValueError(f"{type(layer).__name__} must return tensors of the shapes {', '.join(map(str, expected))}, "
+                         f"not {', '.join(map(str, came))}")
+    return found
 
 
 # ---- The paper's architectures ---------------------------------------------------------------------------------------

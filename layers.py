@@ -91,7 +91,7 @@ class FullyConnected(LinearLayer):
         return F.linear(x.flatten(1), self.weight, self.bias).view_as(x)
 
     def inverse(self, y):
-        x = torch.linalg.solve(self.weight.T, y.flatten(1) - self.bias, left=False)  # x Wᵀ = y - b
+        x = solve(self.weight.T, y.flatten(1) - self.bias, left=False)  # x Wᵀ = y - b
         return x.view_as(y)
 
     def log_abs_det(self, shape):
@@ -140,7 +140,7 @@ class Convolution(LinearLayer):
 
     def inverse(self, y):
         M = self.matrix(y.shape[1:], y.dtype)
-        x = torch.linalg.solve(M.T, (y - along_channels(self.bias, y)).flatten(1), left=False)
+        x = solve(M.T, (y - along_channels(self.bias, y)).flatten(1), left=False)
         return x.view_as(y)
 
     def log_abs_det(self, shape):
@@ -164,8 +164,7 @@ class Convolution(LinearLayer):
             n = C * W * min(r, H - first)
             S = A[:n, :n] - L[:n] @ torch.linalg.solve_ex(S, U[:, :n]).result
             log_abs_det = log_abs_det + torch.linalg.slogdet(S).logabsdet
-        # on device "meta" and while torch.compile traces there is no value to check
-        if log_abs_det.is_meta or torch.compiler.is_compiling() or log_abs_det.isfinite():
+        if finite(log_abs_det):
             return log_abs_det
         return torch.linalg.slogdet(self.matrix(shape, torch.float64)).logabsdet
 
@@ -190,7 +189,7 @@ class Conv1x1(LinearLayer):
         return F.conv2d(x, self.weight[:, :, None, None])
 
     def inverse(self, y):
-        return torch.linalg.solve(self.weight, y.flatten(2)).view_as(y)
+        return solve(self.weight, y.flatten(2)).view_as(y)
 
     def log_abs_det(self, shape):
         return math.prod(shape[1:]) * torch.linalg.slogdet(self.weight.double()).logabsdet
@@ -297,6 +296,22 @@ def shifts(n, k, like):
     return (position == position[:, None] + offset[:, None, None]).to(like)
 
 
+def solve(A, b, left=True):
+    """torch.linalg.solve, in float32 where the dtype is shorter: torch has no solver for those."""
+    dtype = torch.promote_types(b.dtype, torch.float32)
+    return torch.linalg.solve(A.to(dtype), b.to(dtype), left=left).to(b.dtype)
+
+
+def finite(value):
+    """Whether the value is finite. True where there is none to see: on device "meta", in torch.compile, in vmap."""
+    if value.is_meta or torch.compiler.is_compiling():
+        return True
+    try:
+        return bool(value.isfinite())
+    except RuntimeError:  # vmap's: a branch cannot depend on a value
+        return True
+
+
 def check_channels(layer, shape, channels, ranks):
     """Returns `shape`. Raises ValueError unless its length is in `ranks` and its first number is `channels`."""
     if len(shape) not in ranks or shape[0] != channels:
@@ -363,8 +378,8 @@ class AffineCoupling(NonlinearLayer):
 
     ours: the `floor` under s. The inverse divides by s, but score matching does not constrain s away from the data.
 
-    Raises ValueError unless `floor` is 0 or in [0.001, 1), and 0 with `tanh`. Source: Dinh et al., "RealNVP" (2017);
-    Glow (2018) for the sigmoid.
+    Raises ValueError unless `floor` is 0 or in [0.001, 1), and 0 with `tanh`, and if the network's output has another
+    shape. Source: Dinh et al., "RealNVP" (2017); Glow (2018) for the sigmoid.
     """
 
     def __init__(self, network, swap=False, floor=0.0, tanh=False):
@@ -385,8 +400,12 @@ class AffineCoupling(NonlinearLayer):
     def _join(self, a, b):
         return torch.cat([b, a] if self.swap else [a, b], dim=1)
 
-    def _log_scale_and_shift(self, x_a):
-        h, t = self.network(x_a).chunk(2, dim=1)
+    def _log_scale_and_shift(self, x_a, x_b):
+        ht, expected = self.network(x_a), (len(x_b), 2 * x_b.shape[1], *x_b.shape[2:])
+        if ht.shape != expected:  # it could broadcast
+            raise ValueError(f"the network of a coupling must map {tuple(x_a.shape)} to {tuple(expected)}, "
+                             f"not to {tuple(ht.shape)}")
+        h, t = ht.chunk(2, dim=1)
         if self.tanh:
             return 2 * torch.tanh(h / 2), t
         if self.floor == 0:
@@ -395,12 +414,12 @@ class AffineCoupling(NonlinearLayer):
 
     def forward(self, x):
         x_a, x_b = self._split(x)
-        log_s, t = self._log_scale_and_shift(x_a)
+        log_s, t = self._log_scale_and_shift(x_a, x_b)
         return self._join(x_a, log_s.exp() * x_b + t), log_s.flatten(1).sum(1)
 
     def inverse(self, y):
         y_a, y_b = self._split(y)
-        log_s, t = self._log_scale_and_shift(y_a)
+        log_s, t = self._log_scale_and_shift(y_a, y_b)
         return self._join(y_a, (y_b - t) * (-log_s).exp())
 
 

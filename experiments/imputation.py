@@ -35,7 +35,7 @@ def masks(images):
 
 
 def complete(model, z, mask, draws, steps):
-    """Draws of the missing coordinates given the others.   (n, …), (n, …) -> (draws, n, …)
+    """Draws of the missing coordinates given the others.   (n, …), (n, …) -> (draws · n, …)
 
     Burn-in adapts the step size. The steps after it keep it.
     """
@@ -44,7 +44,7 @@ def complete(model, z, mask, draws, steps):
     z, step_size = tune(model.energy, start, steps, step_size=1e-3, where=mask)
     z, report = impute(model.energy, z, mask, steps, step_size.item(), adjusted=True, start=z)
     print(described(report))
-    return z.unflatten(0, (draws, -1))
+    return z
 
 
 def rmse(image, truth, mask):
@@ -79,7 +79,7 @@ def experiment(a):
         z = pixelwise(x)
     table, rows = {}, []
     for name, mask in masks(images).items():
-        draws = pixelwise.inverse(complete(model, z, mask, a.draws, a.steps)).detach()
+        draws = pixelwise.inverse(complete(model, z, mask, a.draws, a.steps)).detach().unflatten(0, (a.draws, -1))
         guess = draws.mean(0)
         table[name] = {"one draw": rmse(draws, x, mask), "mean of draws": rmse(guess, x, mask),
                        "training mean": rmse(mean.expand_as(x), x, mask)}

@@ -226,10 +226,25 @@ def test_a_singular_weight_is_an_error_that_names_the_layer():
     (lambda: EBFlow([layers.AffineCoupling(None)], (1,)), "two channels"),
     (lambda: layers.AffineCoupling(None, floor=1.0), "floor"),
     (lambda: layers.AffineCoupling(None, floor=1e-9), "floor"),
-    (lambda: EBFlow([torch.nn.Linear(3, 3)], (3,)), "layer 0 is a Linear: a layer extends LinearLayer or Nonlinear"),
-    (lambda: EBFlow([ebflow.fc_flow(3)], (3,)), "layer 0 is a EBFlow: .* of another flow give the layers"),
-    (lambda: ebflow.cnn_flow((1, 8, 8)).log_prob(torch.zeros(2, 1, 12, 12)), r"shape \(1, 8, 8\), not \(2, 1, "),
-    (lambda: ebflow.fc_flow(4)(torch.zeros(4)), r"a batch of events of shape \(4,\), not \(4,\)"),
+    (lambda: EBFlow([torch.nn.Linear(3, 3)], (3,)), "layer 0 must be an instance of LinearLayer .*, not of Linear; of"),
+    (lambda: EBFlow([fc_flow(3)], (3,)), "layer 0 must be .*, not of EBFlow; of another flow give the layers"),
+    (lambda: EBFlow([Squeeze], (1, 4, 4)), "layer 0 must be an instance"),
+    (lambda: EBFlow([FullyConnected(3)], 3), r"shape must be that of one event, such as \(3,\), not 3"),
+    (lambda: cnn_flow((1, 8, 8)).log_prob(torch.zeros(2, 1, 12, 12)), r"\(B, \*\(1, 8, 8\)\), not .* \(2, 1, 12, 12"),
+    (lambda: cnn_flow((1, 8, 8)).inverse(torch.zeros(2, 16, 4, 4)), r"\(B, \*\(16, 2, 2\)\), not .* \(2, 16, 4, 4"),
+    (lambda: fc_flow(4)(torch.zeros(4)), r"batch of events, torch.float32 \(B, \*\(4,\)\), not torch.float32 \(4,\)"),
+    (lambda: fc_flow(4).energy(torch.zeros(2, 4, dtype=torch.int64)), r"torch.float32 .*, not torch.int64 \(2, 4\)"),
+    (lambda: fc_flow(4).score(torch.zeros(2, 4, dtype=torch.float64)), r"torch.float32 .*, not torch.float64 \(2, 4\)"),
+    (lambda: EBFlow([Logit()], (4,))(torch.zeros(2, 4).byte()), r"floating point \(B, .*, not torch.uint8 \(2, 4\)"),
+    (lambda: fc_flow(4).log_prob([0.0]), "not a list"),
+    (lambda: toy_flow().initialize(torch.zeros(5, 3)), r"\(B, \*\(2,\)\), not torch.float32 \(5, 3\)"),
+    (lambda: fc_flow(4).sample((3,)), r"a number of draws, as in sample\(10\), not \(3,\)"),
+    (lambda: fc_flow(4).sample(3.0), "a number of draws, .* not 3.0"),
+    (lambda: fc_flow(4).sample(0), "a number of draws, .* not 0"),
+    (lambda: fc_flow(4).log_prob(torch.zeros(0, 4)), r"a batch of events, .* not torch.float32 \(0, 4\)"),
+    (lambda: cnn_flow((1, 4, 4), 3, 2).score(torch.zeros(0, 1, 4, 4)), r"not torch.float32 \(0, 1, 4, 4\)"),
+    (lambda: EBFlow([layers.AffineCoupling(torch.nn.Linear(2, 2))], (4,))(torch.zeros(5, 4)),
+     r"network of a coupling must map \(5, 2\) to \(5, 4\), not to \(5, 2\)"),
     (lambda: layers.AffineCoupling(None, floor=0.5, tanh=True), "floor must be 0 or .* with sigmoid"),
     (lambda: Squeeze().output_shape((2, 4)), "even H, W"),
     (lambda: Convolution(1, 4), "odd"),
@@ -239,6 +254,75 @@ def test_a_singular_weight_is_an_error_that_names_the_layer():
 def test_a_shape_or_setting_that_cannot_be_is_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("kind, forward, message", [
+    (layers.NonlinearLayer, lambda x: (x, x.sum()), r"shapes \(5, 3\), \(5,\), not \(5, 3\), \(\)$"),
+    (layers.NonlinearLayer, lambda x: (x, x[:, :1]), r"not \(5, 3\), \(5, 1\)$"),
+    (layers.NonlinearLayer, lambda x: (x, x), r"not \(5, 3\), \(5, 3\)$"),
+    (layers.NonlinearLayer, lambda x: (x, 0.0), r"not \(5, 3\), a float$"),
+    (layers.NonlinearLayer, lambda x: x, r"not \(5, 3\)$"),
+    (layers.NonlinearLayer, lambda x: (x[:, :2], x.sum(1)), r"not \(5, 2\), \(5,\)$"),
+    (layers.LinearLayer, lambda x: x[:, :2], r"shapes \(5, 3\), not \(5, 2\)$"),
+    (layers.LinearLayer, lambda x: (x, x.sum(1)), r"not \(5, 3\), \(5,\)$")])
+def test_a_layer_that_returns_other_shapes_is_refused_before_they_broadcast(kind, forward, message):
+    methods = {"forward": lambda self, x: forward(x), "inverse": lambda self, y: y[:1], "log_abs_det": lambda *_: 0}
+    flow = EBFlow([type("Mine", (kind,), methods)()], (3,))
+    for use, message in ((flow.energy, message), (flow.inverse, r"shapes \(5, 3\), not \(1, 3\)$")):
+        with pytest.raises(ValueError, match=r"^Mine must return tensors of the .*" + message):
+            use(torch.zeros(5, 3))
+    if kind == layers.LinearLayer:
+        with pytest.raises(ValueError, match=r"^Mine must return tensors of the shapes \(\), not a int$"):
+            flow.log_z()
+
+
+@pytest.mark.parametrize("make", [lambda: fc_flow(4), lambda: cnn_flow((1, 8, 8)), lambda: toy_flow(3, blocks=2),
+                                  lambda: ebflow.glow_flow((1, 8, 8), width=4, depth=1)])
+def test_a_flow_works_in_float16(make):
+    flow = make()
+    x, u = torch.randn(3, *flow.shape), torch.randn(3, *flow.shapes[-1])
+    expected = flow.log_prob(x), flow.inverse(u)
+    flow = flow.half()
+    torch.testing.assert_close(flow.log_prob(x.half()).double(), expected[0].double(), rtol=0.02, atol=0)
+    torch.testing.assert_close(flow.inverse(u.half()).float(), expected[1], rtol=0.02, atol=0.02)
+
+
+def test_a_flow_without_parameters_draws_in_the_dtype_of_its_buffers_or_the_default_one(float64):
+    assert EBFlow([Squeeze()], (1, 4, 4)).sample(3).dtype == torch.float64
+    assert ebflow.logit_preprocessing((3,), s=0.5).float().sample(3).dtype == torch.float32
+    assert EBFlow([], (2,)).sample(3).shape == (3, 2)
+
+
+def test_the_score_is_the_same_under_inference_mode():
+    flow, x = fc_flow(3), torch.randn(5, 3)
+    with torch.inference_mode():
+        torch.testing.assert_close(flow.score(x + 0), flow.score(x), rtol=0, atol=0)
+        found = flow.score(x)
+    torch.testing.assert_close(found, flow.score(x), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("make", [lambda: fc_flow(4), lambda: cnn_flow((1, 4, 4), 3, blocks=2), lambda: toy_flow(3, 2)])
+def test_vmap_gives_the_log_density_and_its_gradient_for_an_ensemble_of_flows(make):
+    class Nll(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.flow = make()
+
+        def forward(self, x):
+            return -self.flow.log_prob(x).mean()
+
+    ensemble = [Nll() for _ in range(3)]
+    for p in (p for member in ensemble for p in member.parameters()):
+        p.data += 0.1 * torch.randn_like(p)
+    x = torch.randn(5, *ensemble[0].flow.shape)
+    gradients, nlls = torch.func.vmap(torch.func.grad_and_value(
+        lambda parameters: torch.func.functional_call(ensemble[0], parameters, (x,))))(
+            torch.func.stack_module_state(ensemble)[0])
+    for i, member in enumerate(ensemble):
+        nll = member(x)
+        torch.testing.assert_close(nlls[i], nll)
+        for (name, p), expected in zip(member.named_parameters(), torch.autograd.grad(nll, member.parameters())):
+            torch.testing.assert_close(gradients[name][i], expected)
 
 
 def test_printing_a_flow_tells_fixed_weights_from_trained_ones():
