@@ -168,20 +168,24 @@ def logit_preprocessing(shape, s, mean=0.0):
     return EBFlow([Standardize(std=256.0), Logit(), Standardize(std=s, mean=mean)], shape)
 
 
-def fc_flow(dim=784, alpha=0.3, diagonal=1.0, bias=0.0, bend=None):
+def fc_flow(dim=784, alpha=0.3, diagonal=1.0, bias=0.0, bend=None, activation=None):
     """Two unconstrained dim × dim matrices with a smooth leaky ReLU between them: the paper's FC.
 
     Both matrices start at diagonal · I and both biases at `bias`. The paper has -I and 1. ours: +I and 0, and `bend`.
+    activation() makes another layer in place of the smooth leaky ReLU.
     """
-    return EBFlow([FullyConnected(dim, diagonal, bias), SmoothLeakyReLU(alpha, bend=bend),
+    return EBFlow([FullyConnected(dim, diagonal, bias),
+                   activation() if activation else SmoothLeakyReLU(alpha, bend=bend),
                    FullyConnected(dim, diagonal, bias)], (dim,))
 
 
-def cnn_flow(shape=(1, 28, 28), kernel_size=7, blocks=3, alpha=0.3, diagonal=-1.0, bias=0.01, bend=None):
+def cnn_flow(shape=(1, 28, 28), kernel_size=7, blocks=3, alpha=0.3, diagonal=-1.0, bias=0.01, bend=None,
+             activation=None):
     """Two unconstrained convolutions in each block, a squeeze between the blocks: the paper's CNN.
 
     A smooth leaky ReLU follows every convolution but the last. Biases start at random, N(0, (bias · Xavier's std)²).
-    Raises ValueError unless 2^(blocks - 1) divides H and W. ours: `bend`.
+    Raises ValueError unless 2^(blocks - 1) divides H and W. ours: `bend`. activation() makes another layer in place of
+    the smooth leaky ReLU.
     """
     layers, channels = [], shape[0]
     for block in range(blocks):
@@ -189,7 +193,8 @@ def cnn_flow(shape=(1, 28, 28), kernel_size=7, blocks=3, alpha=0.3, diagonal=-1.
             layers.append(Squeeze())
             channels *= 4
         for _ in range(2):
-            layers += [Convolution(channels, kernel_size, diagonal), SmoothLeakyReLU(alpha, residual=True, bend=bend)]
+            layers += [Convolution(channels, kernel_size, diagonal),
+                       activation() if activation else SmoothLeakyReLU(alpha, residual=True, bend=bend)]
             nn.init.normal_(layers[-2].bias, std=bias / (kernel_size * channels**0.5))
     return EBFlow(layers[:-1], shape)
 

@@ -325,6 +325,12 @@ def test_vmap_gives_the_log_density_and_its_gradient_for_an_ensemble_of_flows(ma
             torch.testing.assert_close(gradients[name][i], expected)
 
 
+def test_fc_and_cnn_flows_take_another_activation():
+    for flow, n in ((fc_flow(4, activation=Logit), 1), (cnn_flow((1, 4, 4), 3, 2, activation=Logit), 3)):
+        activations = [layer for layer in flow.layers if isinstance(layer, layers.NonlinearLayer)]
+        assert [type(layer) for layer in activations] == [Logit] * n and len(set(activations)) == n
+
+
 def test_printing_a_flow_tells_fixed_weights_from_trained_ones():
     flow = EBFlow([FullyConnected(3).requires_grad_(False), FullyConnected(3)], (3,))
     assert "12 fixed" in repr(flow).splitlines()[1] and repr(flow).splitlines()[-1].split() == ["total", "12"]
