@@ -1,3 +1,4 @@
+# From EBFlow, the code beside arXiv 2305.15267. MIT licence, copyright (c) 2026 The EBFlow authors.
 """EBFlow: a normalizing flow as an energy-based model whose normalising constant is known.
 
     log p(x; θ) = log p_u(g(x)) + Σ_{i∈S_n} log|det J_i(x_{i-1})| + Σ_{i∈S_l} log|det J_i|     (poster, Eq. (8))

@@ -1,3 +1,4 @@
+# From EBFlow, the code beside arXiv 2305.15267. MIT licence, copyright (c) 2026 The EBFlow authors.
 """The transformations g_i of a flow, each with its inverse and its log-determinant.
 
 A normalizing flow maps a datum x to u = g_L ∘ … ∘ g_1(x). EBFlow factorises its density by the kind of each layer

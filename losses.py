@@ -1,3 +1,4 @@
+# From EBFlow, the code beside arXiv 2305.15267. MIT licence, copyright (c) 2026 The EBFlow authors.
 """The objectives: maximum likelihood in two ways, score matching in four, on any energy.
 
 `energy` is a callable (B, …) -> (B,): an EBFlow's method, a torch module, or minus the log-density of any other flow.
