@@ -83,7 +83,7 @@ class Mnist(Settings):
     model_samples: int = setting(100, "samples of the model in a step", above=0, of=("sml",))
     sigma: float = setting(0.4, "noise on the data: dsm's σ; ours: added for ssm and fdssm, too", least=0,
                            of=("ssm", "dsm", "fdssm"))
-    xi: float = setting(1.0, "length ξ of the finite difference", above=0, of=("fdssm",))
+    xi: float = setting(1.0, "length ξ of the finite difference", least=1e-3, of=("fdssm",))
     energy_weight: float = setting(0.0, "λ of an added λ E(z); published for Glow", least=0,
                                    of=("ssm", "dsm", "fdssm"))
     compile: bool = setting(False, "torch.compile the gradient, on a CPU", decides=False)
@@ -153,7 +153,7 @@ class Toy(Settings):
     start_smoothing: float = setting(2.0, "ours: noise on the points at the start; it falls to 0.375", least=0.375)
     anneal: float = setting(0.5, "ours: fraction of the run in which it falls", above=0, most=1)
     model_samples: int = setting(512, "samples of the model in a step", above=0, of=("sml",))
-    xi: float = setting(0.2, "length ξ of the finite difference", above=0, of=("fdssm",))
+    xi: float = setting(0.2, "length ξ of the finite difference", least=1e-3, of=("fdssm",))
     test_points: int = setting(20_000, "points that the final figures are means over", above=3)
     compile: bool = setting(False, "torch.compile the gradient, on a CPU", decides=False)
 

@@ -189,6 +189,7 @@ def test_an_objective_without_a_recipe_is_one_line(capsys, monkeypatch):
 @pytest.mark.parametrize("script, flags, message", [
     (train_toy, ["--data", "spiral"], "invalid choice: 'spiral'"),
     (train_toy, ["--xi", "1", "--loss", "ml"], "--xi is not a setting of toy-swirl-ml"),
+    (train_toy, ["--xi", "1e-5", "--loss", "fdssm"], "--xi must be at least 0.001, not 1e-05"),
     (train_toy, ["--no-such"], "unrecognized arguments: --no-such"),
     (train_ebm, ["--no-such"], "unrecognized arguments: --no-such"),
     (train_ebm, ["--loss", "dsm"], "unrecognized arguments: --loss"),
