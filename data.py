@@ -243,24 +243,40 @@ class Mixture(Density):
 
     def log_prob(self, x):
         """log p(x) in nats, computed in float64.   (B, D) -> (B,)"""
-        means, std = self.means.to(x.device), self.std.to(x.device)
-        log_constant = self.weights.log().to(x.device) - means.shape[1] * (std * math.sqrt(2 * math.pi)).log()  # (K,)
-        squares = torch.stack([(x.double() - m).square().sum(1) for m in means], dim=1)  # (B, K)
-        return torch.logsumexp(log_constant - squares / (2 * std.square()), dim=1).to(x.dtype)
+        return self._log_joint(x).logsumexp(1).to(x.dtype)
+
+    def responsibilities(self, x):
+        """P(k | x), the probability that x was drawn from mode k; its mean over draws of p is w_k.   (B, D) -> (B, K)"""
+        return self._log_joint(x).softmax(1)
 
     def mode(self, x):
         """The index of the mode whose mean is nearest to x.   (B, D) -> (B,)"""
         return torch.cdist(x, self.means.to(x)).argmin(1)
 
+    def _log_joint(self, x):
+        """log( w_k N(x; m_k, s_k² I) ) in float64.   (B, D) -> (B, K)"""
+        means, std = self.means.to(x.device), self.std.to(x.device)
+        log_constant = self.weights.log().to(x.device) - means.shape[1] * (std * math.sqrt(2 * math.pi)).log()  # (K,)
+        squares = torch.stack([(x.double() - m).square().sum(1) for m in means], dim=1)  # (B, K)
+        return log_constant - squares / (2 * std.square())
+
 
 def mixture(dim=2, weights=(0.1, 0.2, 0.3, 0.4), distance=10.0):
-    """Four unit Gaussians at the corners of a square with sides of length `distance`, in `dim` dimensions.
+    """Unit Gaussians at the corners of a regular polygon with sides of length `distance`, in `dim` dimensions.
 
-    One side is parallel to the diagonal of the even axes, the other to that of the odd axes. So in high dimensions, no
-    single coordinate separates the modes.
+    One axis of its plane is parallel to the diagonal of the even coordinates, the other to that of the odd ones. So in
+    high dimensions, no single coordinate separates the modes.
     """
+    K = len(weights)
     axes = torch.zeros(2, dim, dtype=torch.float64)
     axes[0, ::2], axes[1, 1::2] = 1, 1
     axes = axes / axes.norm(dim=1, keepdim=True)
-    corners = distance / 2 * torch.tensor([[-1.0, -1.0], [-1.0, 1.0], [1.0, -1.0], [1.0, 1.0]], dtype=torch.float64)
-    return Mixture(weights, corners @ axes)
+    angle = 2 * math.pi / K * (torch.arange(K, dtype=torch.float64) + 0.5)
+    radius = distance / (2 * math.sin(math.pi / K)) if K > 1 else 0.0
+    return Mixture(weights, radius * torch.stack([angle.cos(), angle.sin()], dim=1) @ axes)
+
+
+def gmm40(dim=2):
+    """40 Gaussians of equal weights, their means uniform on [-40, 40]^D: the target of Midgley et al. (2023)."""
+    means = 40 * (2 * torch.rand(40, dim, generator=torch.Generator().manual_seed(0)) - 1)
+    return Mixture(torch.full((40,), 1 / 40), means, std=math.log1p(math.e))  # softplus(1) = 1.31

@@ -1,3 +1,4 @@
+# From EBFlow, the code beside arXiv 2306.00684. MIT licence, copyright (c) 2026 The EBFlow authors.
 """Markov chains on any energy: draws from π(x) = exp(-E(x)) / Z, and how good the draws are.
 
 `energy` is a callable (B, …) -> (B,), as in losses.py. A batch x is B independent chains; the result has its device and
@@ -7,6 +8,7 @@ dtype. `where`, boolean, is True at the coordinates that move (None: all) and br
     langevin       N(x - a∇E(x), 2aI)               up to O(a)           no
     mala           the same, accepts or rejects     exactly              no
     independence   a flow q, accepts or rejects     exactly              yes, more often where q is closer to π
+    tempering      swaps with hotter chains         exactly              yes, at the cost of the hotter chains
 
 `alternate` combines two: local steps explore a mode, global steps give the modes their weights. Accepting x' with the
 probability α makes a kernel reversible for every proposal q(x'|x) (Metropolis et al. 1953, Hastings 1970):
@@ -29,8 +31,8 @@ class SamplingError(ValueError):
 class Report(NamedTuple):
     """The step size, and the acceptance rate of each chain. A rate is None if no step of that kind can be rejected."""
     step_size: float
-    acceptance: torch.Tensor | None = None         # (B,) of mala
-    global_acceptance: torch.Tensor | None = None  # (B,) of independence
+    acceptance: torch.Tensor | None = None         # (B,) of mala; (T, B) in tempering
+    global_acceptance: torch.Tensor | None = None  # (B,) of independence; (T - 1, B) of the swaps in tempering
 
 
 # ---- Local steps: Langevin dynamics ----------------------------------------------------------------------------------
@@ -42,6 +44,7 @@ def langevin(energy, x, steps, step_size, where=None):
     Raises SamplingError if a chain starts at a non-finite energy or becomes non-finite itself.
     """
     x = x.detach()
+    _check_steps(steps)
     for step in range(steps):
         E, grad = _energy_and_grad(energy, x, where)
         if step == 0:
@@ -108,15 +111,17 @@ def independence(energy, flow, x):
     x_new = flow.sample(len(x)).to(x)
     E = _energy(energy, x)
     _check_start(E)
-    accept, _ = _accept(E, _energy(energy, x_new), log_forth=flow.log_prob(x_new), log_back=flow.log_prob(x))
+    log_forth, log_back = (_energy(flow.log_prob, to, "log_prob") for to in (x_new, x))
+    accept, _ = _accept(E, _energy(energy, x_new), log_forth, log_back)
     return _select(accept, x_new, x), accept
 
 
 def alternate(energy, flow, x, rounds, local_steps, step_size, adjusted=True):
     """`rounds` times: `local_steps` Langevin steps, then one global step of the flow.   (B, …) -> (B, …), Report
 
-    The local steps are `mala` if `adjusted`, else `langevin`. flow=None: no global steps. Raises SamplingError. Source:
-    Gabrié, Rotskoff and Vanden-Eijnden, "Adaptive Monte Carlo augmented with normalizing flows" (2022).
+    The local steps are `mala` if `adjusted`, else `langevin`. flow=None: no global steps. Raises SamplingError where
+    `langevin` and `independence` do; chains that accept nothing show in the report. Source: Gabrié, Rotskoff and
+    Vanden-Eijnden, "Adaptive Monte Carlo augmented with normalizing flows" (2022).
     """
     accepted, jumped = torch.zeros(2, len(x), device=x.device)
     for _ in range(rounds):
@@ -128,13 +133,50 @@ def alternate(energy, flow, x, rounds, local_steps, step_size, adjusted=True):
         if flow is not None:
             x, jump = independence(energy, flow, x)
             jumped += jump
-    if adjusted:
-        _check_accepted(accepted, rounds * local_steps, step_size)
     return x, Report(step_size, accepted / (rounds * local_steps) if adjusted else None,
                      jumped / rounds if flow is not None else None)
 
 
+# ---- Global steps: hotter chains -------------------------------------------------------------------------------------
+
+def tempering(energy, x, temperatures, steps, step_sizes):
+    """A round of parallel tempering (replica exchange): `steps` of mala at each of n temperatures, then swaps.
+
+        π_t(x) ∝ exp(-E(x) / T_t), 1 = T_1 < … < T_n,      log α = min(0, (1/T_t - 1/T_{t+1}) (E(x_t) - E(x_{t+1})))
+
+    Hot chains cross between modes. A swap of neighbours, accepted with the probability α, hands their states down. The
+    product of all π_t is invariant, so x[0] has the distribution π. A round evaluates the energy `steps` + 2 times for
+    each of the n · B chains.   x (n, B, …), temperatures and step_sizes (n,) -> x (n, B, …), Report
+
+    Raises SamplingError unless the temperatures rise from 1, or if a chain starts at a non-finite energy. Source:
+    Geyer, "Markov chain Monte Carlo maximum likelihood" (1991).
+    """
+    n, T = len(x), torch.as_tensor(temperatures, device=x.device)
+    if not len(T) == len(step_sizes) == n:
+        raise SamplingError(f"{n} replicas need a temperature and a step size each, not {len(T)} and {len(step_sizes)}")
+    if _any(T[:1] != 1) or _any(T.diff() <= 0):
+        raise SamplingError(f"temperatures must rise from 1, not be {T.tolist()}")
+    x, accepted = x.detach().clone(), torch.zeros(x.shape[:2], device=x.device)
+    for t in range(n):
+        x[t], accepted[t], _ = _mala(lambda x: energy(x) / T[t], x[t], steps, step_sizes[t])
+    with torch.no_grad():
+        E = torch.stack([_energy(energy, replica) for replica in x])  # (n, B)
+    swapped = torch.zeros_like(accepted[1:])
+    for t in [*range(0, n - 1, 2), *range(1, n - 1, 2)]:
+        accept, _ = _accept(E[t] / T[t] + E[t + 1] / T[t + 1], E[t + 1] / T[t] + E[t] / T[t + 1], 0, 0)
+        swapped[t] = accept
+        for state in (x, E):
+            state[t], state[t + 1] = _select(accept, state[t + 1], state[t]), _select(accept, state[t], state[t + 1])
+    return x, Report(step_sizes, accepted / steps, swapped)
+
+
 # ---- How good the draws are ------------------------------------------------------------------------------------------
+
+def log_weights(energy, flow, x):
+    """log( exp(-E(x)) / q(x) ) for draws x of the flow q; -inf where a draw overflowed.   (n, …) -> (n,)"""
+    log_w = -_energy(energy, x) - _energy(flow.log_prob, x, "log_prob")
+    return torch.where(log_w.isfinite(), log_w, -math.inf)
+
 
 def effective_sample_size(log_weights):
     """ESS = (Σ w)² / Σ w²: n if all importance weights w are equal, 1 if all but one are 0 (Kong 1992).   (n,) -> ()"""
@@ -142,24 +184,33 @@ def effective_sample_size(log_weights):
 
 
 class LogZEstimate(NamedTuple):
-    """An estimate of log Z in nats, its standard error √(1/ESS - 1/n), and the ESS. `reliable` means ESS ≥ 100."""
+    """An estimate of log Z in nats, its standard error √(1/ESS - 1/n), and the ESS. `enough` draws count if ESS ≥ 100."""
     log_z: torch.Tensor                  # ()
     standard_error: torch.Tensor         # ()
     effective_sample_size: torch.Tensor  # ()
-    reliable: torch.Tensor               # () bool
+    enough: torch.Tensor                 # () bool
 
 
 @torch.no_grad()
 def estimate_log_z(energy, flow, n):
     """log Z = log E_q[ exp(-E(x)) / q(x) ], by importance sampling with n draws of the flow q.   -> LogZEstimate
 
-    Error and ESS come from the same draws, so they miss a mode that q never visits.
+    Error and ESS come from the same draws, so they miss a mode that q never visits. `reverse_log_z` shows it.
     """
-    x = flow.sample(n)
-    log_weights = -_energy(energy, x) - flow.log_prob(x)
-    ess = effective_sample_size(log_weights)
+    log_w = log_weights(energy, flow, flow.sample(n))
+    ess = effective_sample_size(log_w)
     error = (1 / ess - 1 / n).clamp(min=0).sqrt()
-    return LogZEstimate(log_weights.logsumexp(0) - math.log(n), error, ess, ess >= 100)
+    return LogZEstimate(log_w.logsumexp(0) - math.log(n), error, ess, ess >= 100)
+
+
+@torch.no_grad()
+def reverse_log_z(energy, flow, x):
+    """log Z = -log E_p[ q(x) exp(E(x)) ] by draws x of p = exp(-E)/Z, such as the states of chains.   (n, …) -> ()
+
+    Where q misses a mode, `estimate_log_z` leaves out its mass, and this estimate does not: they disagree. Where the
+    chains miss it as well, both do.
+    """
+    return math.log(len(x)) - (-log_weights(energy, flow, x)).logsumexp(0)
 
 
 def autocorrelation_time(series, window=5):
@@ -182,6 +233,7 @@ def autocorrelation_time(series, window=5):
 def _mala(energy, x, steps, a, where=None, target=None):
     """-> x (B, …), the number of accepted steps (B,), the step size. Each step computes one energy and gradient."""
     x = x.detach()
+    _check_steps(steps)
     E, grad = _energy_and_grad(energy, x, where)
     _check_start(E, a)
     accepted = torch.zeros(len(x), device=x.device)
@@ -222,10 +274,10 @@ def _select(accept, new, old):
     return torch.where(accept.view(-1, *[1] * (old.dim() - 1)), new, old)
 
 
-def _energy(energy, x):
+def _energy(energy, x, name="energy"):
     E = energy(x)
     if E.shape != x.shape[:1]:  # (B, 1) would broadcast to (B, B)
-        raise SamplingError(f"the energy must be one number for each sample, of shape ({len(x)},), "
+        raise SamplingError(f"the {name} must be one number for each sample, of shape ({len(x)},), "
                             f"not {tuple(E.shape)}")
     return E
 
@@ -243,13 +295,19 @@ def _any(bad):  # on device "meta" there is no value to check
     return not bad.is_meta and bool(bad.any())
 
 
+def _check_steps(steps):
+    if steps < 1:
+        raise SamplingError(f"steps must be at least 1, not {steps}")
+
+
 def _check_start(E, step_size=1.0):
-    if isinstance(step_size, (int, float)) and not step_size > 0:
+    bad, wrong = ~E.isfinite(), ~(torch.as_tensor(step_size, device=E.device) > 0)
+    if not _any(bad.any() | wrong.any()):  # one look, for which a GPU has to be waited for
+        return
+    if wrong.any():
         raise SamplingError(f"step_size must be positive, not {step_size}")
-    bad = ~E.isfinite()
-    if _any(bad):
-        raise SamplingError(f"the energy is not finite where {bad.sum()} of {len(E)} chains start: start them "
-                            "elsewhere, or lower the step_size that led there")
+    raise SamplingError(f"the energy is not finite where {bad.sum()} of {len(E)} chains start: start them "
+                        "elsewhere, or lower the step_size that led there")
 
 
 def _check_accepted(accepted, steps, step_size):

@@ -15,9 +15,12 @@ weights, the gradient is wrong, and θ learns wrong weights. So a flow q_α prop
               θ follows sml(E_θ; data, x')
               α follows ml(q_α; x') = E_{x'}[ -log q_α(x') ]
 
-Each kernel leaves p_θ invariant for the θ and α of that moment, whatever q_α is. θ moves, and α learns from the same
-chains. q_α also gives log Z_θ by importance sampling. To compare: --sampler langevin does without jumps, and --sampler
-short restarts a few steps from noise in every update.
+Each kernel leaves p_θ invariant for the θ and α of that moment, whatever q_α is. But θ moves, and α learns from the
+same chains, so these follow p_θ only approximately. q_α also gives log Z_θ by importance sampling. To compare:
+
+    --sampler langevin    no jumps
+    --sampler tempering   swaps with hotter chains in place of jumps: no flow, several times the cost
+    --sampler short       a few steps, which restart from noise in every update
 
 Source: Grenioux, Moulines, Gabrié, "Balanced Training of Energy-Based Models with Adaptive Flow Sampling" (2023).
 One run fills one directory: density.png, mode_weights.png, metrics.jsonl, config.json, and checkpoint.pt for --resume.
@@ -33,10 +36,10 @@ from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
 import losses
-from data import TOYS, mixture
+from data import TOYS, gmm40, mixture
 from ebflow import EBFlow, toy_flow
 from layers import FullyConnected, Standardize
-from sampling import SamplingError, alternate
+from sampling import SamplingError, alternate, tempering
 from support import plots, processes, settings
 from support.judge import Truth, mixing
 from support.optimization import cosine, trainable, update_average
@@ -44,11 +47,11 @@ from support.run import Run, RunError, one_line_errors
 
 CLIP = 10.0    # largest norm of either gradient
 TARGET = 0.574  # acceptance of Langevin, the most efficient in high dimensions (Roberts and Rosenthal 1998)
-FIGURES = ("loss", "grad_norm", "flow_loss", "flow_grad_norm", "acceptance", "flow_acceptance")  # of a step
+FIGURES = ("loss", "grad_norm", "flow_loss", "flow_grad_norm", "acceptance", "global_acceptance")  # of a step
 
 
 def train(s, device):
-    data = mixture(s.dim) if s.data == "mixture" else TOYS[s.data]()
+    data = density(s)
     truth = Truth(data, s.test_points, s.dim, device)
     torch.manual_seed(s.seed)
     model = make_model(s, data.sample(5000, device))
@@ -62,11 +65,12 @@ def train(s, device):
         start = time.perf_counter()
         if run.state["epoch"] < 0:
             if "flow" in (s.sampler, s.base):
-                fit_flow(s, model, data, device)
+                start_from(s, model, fit_flow(s, data, device))
             averaged.load_state_dict(model.state_dict())
-            # The chains start equally often in each mode, which is wrong. The sampler has to correct that.
-            chains = data.sample(s.chains, device, **({"equally": True} if truth.modes else {}))
-            step_size = torch.tensor(s.step_size, device=device)
+            # By default equally many chains start in each mode, which is wrong. The sampler has to correct that.
+            chains = data.sample(s.chains, device, **({"equally": s.start == "equal"} if truth.modes else {}))
+            T = ladder(s, device)
+            chains, step_size = chains.repeat(len(T), 1, 1), s.step_size * T  # (T, B, D), (T,)
         else:
             chains, step_size = run.state["chains"].to(device), run.state["step_size"].to(device)
 
@@ -84,33 +88,48 @@ def train(s, device):
                 run.record(figures)
 
             row = {"epoch": epoch, "step": epoch * s.steps} | dict.fromkeys(FIGURES) | run.means
-            row |= truth.figures(averaged, chains) | {"step_size": step_size.item()}
+            row |= truth.figures(averaged, chains[0]) | {"step_size": step_size[0].item()}
             row["seconds"] = time.perf_counter() - start + (run.metrics[-1]["seconds"] if epoch else 0.0)
             start = time.perf_counter()
             state = {"epoch": epoch, "chains": chains, "step_size": step_size}
-            run.save(row, state, shown=("val_kl", "tv", "acceptance", "flow_acceptance"))
+            run.save(row, state, shown=("val_kl", "tv", "ess", "acceptance", "global_acceptance"))
             for warning in warnings(s, row):
                 print(f"warning: {warning}", file=sys.stderr)
 
         truth = Truth(data, 5 * s.test_points, s.dim, device)  # also starts the random numbers of what follows
-        figures = {name.replace("val_", "test_"): value for name, value in truth.figures(averaged, chains).items()}
-        run.finish(figures | mixing(s, averaged, chains, step_size, truth))
-        run.picture("density.png", plots.ebm(averaged, truth, chains))
+        figures = {name.replace("val_", "test_"): value for name, value in truth.figures(averaged, chains[0]).items()}
+        run.finish(figures | mixing(s, lambda x: move(s, averaged, x, step_size), chains, truth))
+        if figures["test_nll"] is None:
+            print("warning: no Z, NLL, KL or weights: the points around the true modes that measure them have an effective "
+                  f"sample size of {figures['ess']:.2%} of their number, so p_θ lies elsewhere", file=sys.stderr)
+        run.picture("density.png", plots.ebm(averaged, truth, chains[0]))
         if truth.modes:
             run.picture("mode_weights.png", plots.mode_weights(run.metrics, data))
 
 
 def step(s, model, chains, step_size, x, optimizer, flow_optimizer):
-    """The chains move, θ follows sml, α follows ml.   -> chains (B, D), step size (), {name: ()} of FIGURES"""
-    if s.sampler == "short":
-        chains = model.start.sample(len(chains))
-    chains, report = alternate(model.energy, model.flow, chains, 1, s.local_steps, step_size, s.adjusted)
-    figures = follow(losses.sml(model.energy, x, chains), optimizer)
-    figures += follow(losses.ml(model.flow.log_prob, chains), flow_optimizer) if model.flow else [None, None]
+    """The chains move, θ follows sml, α follows ml.   -> chains (T, B, D), step sizes (T,), {name: ()} of FIGURES"""
+    chains, report = move(s, model, chains, step_size)
+    figures = follow(losses.sml(model.energy, x, chains[0]), optimizer)
+    figures += follow(losses.ml(model.flow.log_prob, chains[0]), flow_optimizer) if model.flow else [None, None]
     figures += [None if rate is None else rate.mean() for rate in (report.acceptance, report.global_acceptance)]
     if s.adjusted:  # θ changes while the chains run, and the best step size with it; see sampling.tune
-        step_size = step_size * (0.05 * (report.acceptance.mean() - TARGET)).exp()
+        step_size = step_size * (0.05 * (report.acceptance.mean(-1) - TARGET)).exp()
     return chains, step_size, {name: figure for name, figure in zip(FIGURES, figures) if figure is not None}
+
+
+def move(s, model, chains, step_size):
+    """One round of the sampler. chains[0] is at temperature 1; only tempering has more.   -> chains (T, B, D), Report"""
+    if s.sampler == "tempering":
+        return tempering(model.energy, chains, ladder(s, chains.device), s.local_steps, step_size)
+    x = model.start.sample(len(chains[0])) if s.sampler == "short" else chains[0]
+    x, report = alternate(model.energy, model.flow, x, 1, s.local_steps, step_size[0], s.adjusted)
+    return x[None], report
+
+
+def ladder(s, device):
+    """The temperatures, from 1 to the hottest in equal ratios.   -> (T,)"""
+    return s.hottest ** torch.linspace(0, 1, s.replicas if s.sampler == "tempering" else 1, device=device)
 
 
 def follow(loss, optimizer):
@@ -123,16 +142,18 @@ def follow(loss, optimizer):
     return [loss.detach(), norm]
 
 
-def fit_flow(s, model, data, device):
-    """Fits a flow to the data by maximum likelihood, so that the first jumps go to every mode.
-
-    The model's flow starts as this one. With --base flow so does the base, which then stays as it is.
-    """
+def fit_flow(s, data, device):
+    """A flow fitted to the data by maximum likelihood, so that the first jumps go to every mode.   -> EBFlow"""
     flow = make_flow(s, data.sample(5000, device))
     optimizer = torch.optim.Adam(flow.parameters(), fused=True)
     for i in tqdm(range(s.start_steps), desc="the flow, to the data", leave=False, dynamic_ncols=True, disable=None):
         optimizer.param_groups[0]["lr"] = s.flow_lr * min(1.0, 2 - 2 * i / s.start_steps)
         follow(losses.ml(flow.log_prob, data.sample(s.batch_size, device)), optimizer)
+    return flow
+
+
+def start_from(s, model, flow):
+    """The model's flow starts as this one. With --base flow so does the base, which then stays as it is."""
     for part in (model.flow, model.energy.base if s.base == "flow" else None):
         if part is not None:
             part.load_state_dict(flow.state_dict())
@@ -140,11 +161,20 @@ def fit_flow(s, model, data, device):
 
 def warnings(s, row):
     """What stood still in an epoch, and why that may be."""
-    if s.adjusted and row["acceptance"] == 0:
+    if row["acceptance"] == 0:
         yield f"Langevin accepted nothing in epoch {row['epoch']}: lower --step-size, or --lr if E has become too steep"
-    if s.sampler == "flow" and row["flow_acceptance"] == 0:
+    if s.sampler == "tempering" and row["global_acceptance"] == 0:
+        yield f"no swap was accepted in epoch {row['epoch']}: raise --replicas, or lower --hottest"
+    if s.sampler == "flow" and row["global_acceptance"] == 0:
         yield (f"none of the flow's proposals was accepted in epoch {row['epoch']}, so no chain changes its mode: the "
                "flow is far from the chains; raise --start-steps, --flow-lr, --blocks or --width, or lower --lr")
+
+
+def density(s):
+    """The density of the data, see data.py."""
+    if s.data == "mixture":
+        return mixture(s.dim, s.weights, s.distance)
+    return gmm40(s.dim) if s.data == "gmm40" else TOYS[s.data]()
 
 
 # ---- The model -------------------------------------------------------------------------------------------------------
@@ -204,8 +234,8 @@ def make_flow(s, x):
 def main(argv=None):
     s = settings.parse(settings.Ebm, argv)
     with one_line_errors(torch.linalg.LinAlgError, SamplingError), processes.joined(s.device) as device:
-        if s.dim > 2 and s.data != "mixture":
-            raise RunError(f"--dim must be 2 for every --data but the mixture, not {s.dim}")
+        if s.dim > 2 and s.data in TOYS:
+            raise RunError(f"--dim must be 2 for --data {s.data}, not {s.dim}")
         train(s, device)
 
 

@@ -81,7 +81,7 @@ def toy(flow, truth, x):
 
 @torch.no_grad()
 def ebm(model, truth, chains):
-    """Truth, model, flow and chains; in more than two dimensions, histograms in the plane of three means.
+    """Truth, model, flow and chains; in more than two dimensions, histograms in the plane of the means.
 
     truth is support/judge.py: Truth.
     """
@@ -90,7 +90,7 @@ def ebm(model, truth, chains):
     figure = Figure(figsize=(3.5 * len(titles), 3.9), layout="constrained")
     axes = dict(zip(titles, figure.subplots(1, len(titles))))
     points = {"chains": (chains, None)}  # with importance weights
-    if truth.log_p is not None:
+    if truth.lattice:
         log_z = truth.figures(model, chains)["log_z"]
         functions = {"truth p": truth.data.log_prob, "energy p_θ": lambda x: -model.energy(x) - log_z,
                      "flow q_α": flow and flow.log_prob}
@@ -103,8 +103,7 @@ def ebm(model, truth, chains):
         points |= {"truth p": (truth.test[:n], None), "energy p_θ": (truth.x, log_w.softmax(0)),
                    **({"flow q_α": (flow.sample(n), None)} if flow else {})}
         means = truth.data.means.to(x)
-        plane, sides = torch.linalg.qr((means[[2, 1]] - means[0]).T)  # (D, 2), (2, 2)
-        plane = plane * sides.diagonal().sign()  # the other two means to the right of the first, and above it
+        plane = torch.linalg.svd(means - means.mean(0)).Vh[:2].T  # (D, 2), where the means differ most
         limit = 1.02 * (x @ plane).abs().max().item()
     for title, (draws, w) in points.items():
         axes[title].hist2d(*(draws @ plane).T.cpu().numpy(), bins=100, range=[(-limit, limit)] * 2, density=True,
@@ -118,13 +117,13 @@ def mode_weights(metrics, data):
     """The model's mode weights against training steps, the shares of the chains, and the truth."""
     figure = Figure(figsize=(6.5, 3.6), layout="constrained")
     axes = figure.subplots()
-    steps = [row["step"] for row in metrics]
     for k, true in enumerate(data.weights.tolist()):
-        axes.axhline(true, color=f"C{k}", ls=":", label="truth" if k == 0 else None)
-        axes.plot(steps, [row["chains"][k] for row in metrics], color=f"C{k}", lw=0.8, alpha=0.6,
-                  label="share of the chains" if k == 0 else None)
-        axes.plot(steps, [row["weights"][k] for row in metrics], color=f"C{k}", marker=".",
-                  label="p_θ" if k == 0 else None)
+        axes.axhline(true, color=f"C{k % 10}", ls=":", label="truth" if k == 0 else None)
+        for key, label, style in (("chains", "share of the chains", dict(lw=0.8, alpha=0.6)),
+                                  ("weights", "p_θ", dict(marker="."))):
+            known = [row for row in metrics if row[key] is not None]
+            axes.plot([row["step"] for row in known], [row[key][k] for row in known], color=f"C{k % 10}",
+                      label=label if k == 0 else None, **style)
     axes.set(xlabel="training steps", ylabel="weight of a mode", ylim=(0, 1.15 * axes.get_ylim()[1]))
     axes.legend(fontsize="small", ncols=3, loc="upper right")
     axes.grid(alpha=0.3)

@@ -115,12 +115,12 @@ class Run(contextlib.AbstractContextManager):
     def save(self, row, state, shown=()):
         """Ends an epoch: adds the row to the metrics, prints the figures `shown`, writes checkpoint and metrics.
 
-        Raises RunError where val_nll is not finite.
+        Raises RunError where val_nll is a number, and not finite.
         """
-        if not math.isfinite(row["val_nll"]):
+        if row["val_nll"] is not None and not math.isfinite(row["val_nll"]):
             raise RunError(f"the validation NLL is {row['val_nll']} after epoch {row['epoch']}: {self.remedy}")
         self.metrics.append(row)
-        line = f"epoch {row['epoch']:4}  val_nll {row['val_nll']:.2f}"
+        line = f"epoch {row['epoch']:4}" + ("" if row["val_nll"] is None else f"  val_nll {row['val_nll']:.2f}")
         for name in shown:
             line += f"  {name} {row[name]:.4g}" if row.get(name) is not None else ""
         print(line, flush=True)

@@ -15,7 +15,7 @@ from losses import OBJECTIVES
 
 
 def setting(default, help, choices=None, of=(), decides=True, **limits):
-    """A field of a settings class. `of` names the objectives, architectures or schedules that have it (none: all do).
+    """A field of a settings class. `of` names the objectives, architectures, … that have it (none: all do).
 
     limits: above, least, below, most. What does not `decide` the result is left out of config.json.
     """
@@ -40,7 +40,7 @@ class Settings:
 
     def config(self):
         """What decides the result: the settings that the run has, for config.json and for the reader.   -> dict"""
-        chosen, config = set(map(vars(self).get, ("arch", "loss", "schedule"))), {}
+        chosen, config = set(map(vars(self).get, ("arch", "loss", "schedule", "data", "sampler"))), {}
         for f in fields(self):
             if f.metadata["decides"] and (not f.metadata["of"] or not chosen.isdisjoint(f.metadata["of"])):
                 config[f.name] = vars(self)[f.name]
@@ -166,17 +166,34 @@ TOY_MATCHING = dict(start_smoothing=6.0, anneal=0.85)
 TOY_RECIPES = {"ssm": TOY_MATCHING, "dsm": TOY_MATCHING | dict(anneal=0.7, plateau=0.5), "fdssm": TOY_MATCHING}
 
 
+def shares(text):
+    """Numbers in proportion to the weights of a mixture, as in 1,2,3,4.   -> tuple that sums to 1"""
+    values = [float(value) for value in text.split(",")]
+    if not all(0 < value < math.inf for value in values):
+        raise ValueError  # argparse tells
+    return tuple(value / sum(values) for value in values)
+
+
+MIXTURES = ("mixture", "gmm40")
+
+
 @dataclass
 class Ebm(Settings):
     """train_ebm.py"""
     NAME = "ebm-{data}-d{dim}-{sampler}"
-    data: str = setting("mixture", "density, see data.py", choices=("mixture", "sine", "swirl", "checkerboard"))
-    dim: int = setting(2, "dimension of the mixture", least=2)
-    sampler: str = setting("flow", "chains with jumps by a flow, without, or short ones from noise",
-                           choices=("flow", "langevin", "short"))
+    data: str = setting("mixture", "density, see data.py", choices=("mixture", "gmm40", "sine", "swirl", "checkerboard"))
+    dim: int = setting(2, "dimension of the mixture or of gmm40", least=2)
+    weights: shares = setting((0.1, 0.2, 0.3, 0.4), "of the modes, as in 1,2,3,4", of=("mixture",))
+    distance: float = setting(10.0, "between neighbouring modes, in standard deviations", above=0, of=("mixture",))
+    sampler: str = setting("flow", "chains with jumps by a flow, without, with swaps between temperatures, or short "
+                           "ones from noise", choices=("flow", "langevin", "tempering", "short"))
+    start: str = setting("equal", "chains in each mode at the start: equally many, or as many as data", of=MIXTURES,
+                         choices=("equal", "data"))
+    replicas: int = setting(8, "temperatures, from 1 to --hottest in equal ratios", least=2, of=("tempering",))
+    hottest: float = setting(10.0, "highest temperature", above=1, of=("tempering",))
     base: str = setting("gaussian", "the density that exp(-f) tilts: none, or one fitted to the data",
                         choices=("none", "gaussian", "flow"))
-    adjusted: bool = setting(True, "accept or reject Langevin steps (Metropolis)")
+    adjusted: bool = setting(True, "accept or reject Langevin steps (Metropolis)", of=("flow", "langevin", "short"))
     steps: int = setting(50, "updates of θ and of α in an epoch", above=0)
     chains: int = setting(1000, "Markov chains", above=0)
     batch_size: int = setting(1000, "fresh data in a step", above=0)

@@ -23,7 +23,7 @@ from support.run import Run, read_metrics
 from train_ebm import FIGURES, follow, gaussian, main, make_model, step
 
 FILES = {"checkpoint.pt", "config.json", "metrics.jsonl", "density.png", "mode_weights.png"}
-SAMPLERS = ("flow", "langevin", "short")
+SAMPLERS = ("flow", "langevin", "tempering", "short")
 EPOCHS, STEPS, START_STEPS = 3, 4, 5
 
 
@@ -85,7 +85,6 @@ def test_with_the_flow_the_mode_weights_come_out_right_and_with_langevin_alone_t
     assert abs(flow["flow_log_z"] - flow["log_z"]) < 5 * flow["flow_log_z_se"]
     # Without the flow the weights swing to and fro, and may be right for a moment.
     assert sum(row["tv"] for row in metrics["langevin"][6:]) > 5 * sum(row["tv"] for row in metrics["flow"][6:])
-    assert flow["crossings"] > 5 * langevin["crossings"]
     assert langevin["autocorrelation_time"] > 3 * flow["autocorrelation_time"]
 
 
@@ -93,7 +92,7 @@ def test_a_step_moves_theta_by_the_gradient_of_sml_and_alpha_by_that_of_ml_on_th
     s = parse("--no-adjusted")
     x, before, after = torch.randn(40, 2), torch.randn(30, 2), 2 + torch.randn(30, 2)
     model = make_model(s, x)
-    rates, seen, step_size = torch.linspace(0, 1, 30), [], torch.tensor(0.1)
+    rates, seen, step_size = torch.linspace(0, 1, 30), [], torch.tensor([0.1])
     monkeypatch.setattr(train_ebm, "CLIP", math.inf)
     monkeypatch.setattr(train_ebm, "alternate", lambda *args: seen.append(args) or (after, Report(0.1, None, rates)))
     loss = {"energy": losses.sml(model.energy, x, after), "flow": losses.ml(model.flow.log_prob, after)}
@@ -103,14 +102,16 @@ def test_a_step_moves_theta_by_the_gradient_of_sml_and_alpha_by_that_of_ml_on_th
         gradients = torch.autograd.grad(loss[name], parameters)
         expected[name] = [p - lr * g for p, g in zip(parameters, gradients)]
         norms[name] = math.sqrt(sum(g.square().sum().item() for g in gradients))
-    chains, new_step_size, figures = step(s, model, before, step_size, x, *optimizers(model, 0.1, 0.03))
-    assert seen == [(model.energy, model.flow, before, 1, 3, step_size, False)]
-    assert chains is after and new_step_size is step_size  # unadjusted, it stays
+    chains, new_step_size, figures = step(s, model, before[None], step_size, x, *optimizers(model, 0.1, 0.03))
+    (energy, flow, start, *numbers), = seen
+    assert energy is model.energy and flow is model.flow and torch.equal(start, before)
+    assert numbers == [1, 3, step_size[0], False]
+    assert torch.equal(chains, after[None]) and new_step_size is step_size  # unadjusted, it stays
     assert figures.keys() == set(FIGURES) - {"acceptance"}  # no step can be rejected
     assert figures["loss"] == loss["energy"] and figures["flow_loss"] == loss["flow"]
     assert figures["grad_norm"].item() == pytest.approx(norms["energy"])
     assert figures["flow_grad_norm"].item() == pytest.approx(norms["flow"])
-    assert figures["flow_acceptance"].item() == pytest.approx(0.5)
+    assert figures["global_acceptance"].item() == pytest.approx(0.5)
     for name, (parameters, _) in parts.items():
         torch.testing.assert_close(parameters, expected[name])
 
@@ -128,7 +129,7 @@ def test_the_step_size_goes_to_where_langevin_accepts_57_4_percent(monkeypatch, 
     model = make_model(s, x)
     monkeypatch.setattr(train_ebm, "alternate",
                         lambda *args: (x, Report(0.1, torch.full((40,), rate), torch.zeros(40))))
-    _, step_size, figures = step(s, model, x, torch.tensor(0.1), x, *optimizers(model, 0.1, 0.1))
+    _, step_size, figures = step(s, model, x[None], torch.tensor([0.1]), x, *optimizers(model, 0.1, 0.1))
     assert step_size.item() == pytest.approx(0.1 * math.exp(0.05 * (rate - 0.574)))
     assert figures["acceptance"].item() == pytest.approx(rate)
 
@@ -197,7 +198,7 @@ def test_the_figures_of_a_run_are_those_of_the_average(watched):
     saved, last = checkpoint(out)["state"], read_metrics(out)[-1]
     model = make_model(parse(), mixture(2).sample(100))
     model.load_state_dict(saved["averaged"])
-    figures = Truth(mixture(2), 5 * 400, 2, "cpu").figures(model, saved["chains"])
+    figures = Truth(mixture(2), 5 * 400, 2, "cpu").figures(model, saved["chains"][0])
     for name, value in figures.items():
         if value is not None:
             assert last[name.replace("val_", "test_")] == pytest.approx(value, rel=1e-5), name
@@ -227,17 +228,21 @@ def test_every_sampler_runs_and_leaves_its_files(finished, sampler):
     metrics, lines = read_metrics(out), printed.splitlines()
     assert [row["step"] for row in metrics] == [0, 4, 8, 12] and [row["epoch"] for row in metrics] == [0, 1, 2, 3]
     assert [line.split()[1] for line in lines if line.startswith("epoch ")] == list("0123")
-    assert all(metrics[0][name] is None for name in FIGURES) and metrics[0]["chains"] == [0.25] * 4
+    assert all(metrics[0][name] is None for name in FIGURES) and metrics[0]["chains"] == pytest.approx([0.25] * 4)
     assert all(row["grad_norm"] > 0 and 0 < row["acceptance"] <= 1 for row in metrics[1:])
-    for name in ("flow_acceptance", "flow_loss", "flow_grad_norm"):
+    for name in ("flow_loss", "flow_grad_norm"):
         assert all((row[name] is not None and row[name] > 0) == (sampler == "flow") for row in metrics[1:])
+    assert all((row["global_acceptance"] is not None) == (sampler in ("flow", "tempering")) for row in metrics[1:])
     seconds, last = [row["seconds"] for row in metrics], metrics[-1]
     assert seconds[0] > 0 and seconds == sorted(seconds)
-    assert sum(last["weights"]) == pytest.approx(1) and sum(last["chains"]) == pytest.approx(1)
-    for name in ("test_nll", "test_kl", "test_kl_se", "entropy", "ess", "tv", "log_z", "crossings"):
-        assert f"{name:24}{last[name]:.4f}" in lines
-    assert f"{'weights':24}" + " ".join(f"{weight:.4f}" for weight in last["weights"]) in lines
-    assert f"{'followed':24}{3 * (3 + (sampler == 'flow'))}" in lines
+    assert sum(last["draws"]) == pytest.approx(1) and sum(last["chains"]) == pytest.approx(1)
+    known = last["ess"] >= 0.01
+    assert all((last[name] is not None) == known for name in ("test_nll", "test_kl", "weights", "tv", "log_z", "tv_se"))
+    for name in ("test_nll", "test_kl", "test_kl_se", "entropy", "ess", "tv", "log_z", "draws_tv"):
+        assert f"{name:24}" + (f"{last[name]:.4f}" if last[name] is not None else "None") in lines
+    assert f"{'draws':24}" + " ".join(f"{weight:.4f}" for weight in last["draws"]) in lines
+    rounds = {"flow": 4, "tempering": 4, "langevin": 3}
+    assert sampler == "short" or f"{'followed':24}{3 * rounds[sampler]}" in lines
     assert any(line.startswith("flow_log_z ") for line in lines) == ("flow_log_z" in last) == (sampler == "flow")
 
 
@@ -248,19 +253,19 @@ def test_a_toy_has_no_modes_to_weigh_and_every_base_is_learnt_upon(tmp_path, toy
     last, saved = read_metrics(tmp_path)[-1], checkpoint(tmp_path)["state"]["model"]
     assert last["test_kl"] > 0 and not {"weights", "tv", "chains", "crossings"} & last.keys()
     assert any(name.startswith("energy.base.") for name in saved) == (base != "none")
-    assert last["flow_acceptance"] > 0.8 or base != "flow"  # E is nearly that of the flow, then
+    assert last["global_acceptance"] > 0.8 or base != "flow"  # E is nearly that of the flow, then
 
 
 def test_the_swirl_can_be_learnt_too():
     """One step: the swirl's density takes long on the lattice of the figures."""
     choices = {f.name: f.metadata["choices"] for f in fields(settings.Ebm)}
-    assert set(choices["data"]) == {"mixture", *TOYS}
+    assert set(choices["data"]) == {"mixture", "gmm40", *TOYS}
     toy, s = TOYS["swirl"](), parse("--data", "swirl")
     model = make_model(s, toy.sample(500))
-    train_ebm.fit_flow(s, model, toy, "cpu")
-    chains, _, figures = step(s, model, toy.sample(48), torch.tensor(0.3), toy.sample(64),
+    train_ebm.start_from(s, model, train_ebm.fit_flow(s, toy, "cpu"))
+    chains, _, figures = step(s, model, toy.sample(48)[None], torch.tensor([0.3]), toy.sample(64),
                               *optimizers(model, 1e-3, 1e-3))
-    assert chains.shape == (48, 2) and all(figure.isfinite() for figure in figures.values())
+    assert chains.shape == (1, 48, 2) and all(figure.isfinite() for figure in figures.values())
 
 
 # ---- How it starts ---------------------------------------------------------------------------------------------------
@@ -271,7 +276,7 @@ def test_a_base_that_is_the_flow_starts_there_and_is_held(tmp_path, bare):
     torch.manual_seed(0)
     model = make_model(s, mixture(2).sample(5000))
     unfitted = {name: tensor.clone() for name, tensor in model.energy.base.state_dict().items()}
-    train_ebm.fit_flow(s, model, mixture(2), "cpu")
+    train_ebm.start_from(s, model, train_ebm.fit_flow(s, mixture(2), "cpu"))
     fitted, base = model.energy.base.state_dict(), checkpoint(tmp_path)["state"]["model"]
     assert not any(p.requires_grad for p in model.energy.base.parameters())
     assert all(torch.equal(tensor, base[f"energy.base.{name}"]) for name, tensor in fitted.items())
@@ -279,7 +284,7 @@ def test_a_base_that_is_the_flow_starts_there_and_is_held(tmp_path, bare):
 
     s = parse("--base", "flow")
     model = make_model(s, mixture(2).sample(500))
-    train_ebm.fit_flow(s, model, mixture(2), "cpu")
+    train_ebm.start_from(s, model, train_ebm.fit_flow(s, mixture(2), "cpu"))
     assert all(p.requires_grad for p in model.flow.parameters())
     for a, b in zip(model.energy.base.state_dict().values(), model.flow.state_dict().values(), strict=True):
         assert torch.equal(a, b)
@@ -289,10 +294,9 @@ def test_the_fit_of_the_flow_goes_down_the_nll_of_the_data():
     """The flow starts at the scale of the data and learns their correlation of 0.95, which is worth 1.16 nats."""
     s, factor = parse("--start-steps", "60", "--flow-lr", "3e-2"), torch.tensor([[1.0, 0.95], [0.0, 0.312]])
     data = SimpleNamespace(sample=lambda n, device="cpu": torch.randn(n, 2, device=device) @ factor)
-    model, x = make_model(s, data.sample(2000)), data.sample(2000)
-    before = model.flow.log_prob(x).mean()
-    train_ebm.fit_flow(s, model, data, "cpu")
-    assert model.flow.log_prob(x).mean() > before + 0.9
+    x = data.sample(2000)
+    before = train_ebm.make_flow(s, data.sample(2000)).log_prob(x).mean()
+    assert train_ebm.fit_flow(s, data, "cpu").log_prob(x).mean() > before + 0.9
 
 
 def test_short_chains_start_from_noise_each_time_and_the_others_go_on():
@@ -300,10 +304,11 @@ def test_short_chains_start_from_noise_each_time_and_the_others_go_on():
     for sampler in SAMPLERS:
         s = parse("--sampler", sampler, "--local-steps", "1")
         model = make_model(s, x)
-        model.flow, start = None, torch.full((500, 2), 3.0)
-        chains, _, _ = step(s, model, start, torch.tensor(1e-12), x, *optimizers(model, 1e-3))
+        T = train_ebm.ladder(s, "cpu")
+        model.flow, start = None, torch.full((len(T), 500, 2), 3.0)
+        chains, _, _ = step(s, model, start, 1e-12 * T, x, *optimizers(model, 1e-3))
         if sampler == "short":
-            torch.testing.assert_close(chains.T.cov(), x.T.cov(), rtol=0.3, atol=3)
+            torch.testing.assert_close(chains[0].T.cov(), x.T.cov(), rtol=0.3, atol=3)
         else:
             torch.testing.assert_close(chains, start, rtol=0, atol=1e-4)
 
@@ -324,7 +329,8 @@ def test_the_figures_of_a_known_energy_are_the_closed_form_ones(dim):
     row = truth.figures(model, truth.data.sample(4000, equally=True))
     tolerance = 1e-4 if dim == 2 else 0.02  # quadrature; importance sampling
     assert row["log_z"] == pytest.approx(-3, abs=tolerance)
-    assert row["weights"] == pytest.approx([0.4, 0.3, 0.2, 0.1], abs=tolerance) and row["chains"] == [0.25] * 4
+    assert row["weights"] == pytest.approx([0.4, 0.3, 0.2, 0.1], abs=tolerance)
+    assert row["chains"] == pytest.approx([0.25] * 4, abs=1e-6)
     assert row["tv"] == pytest.approx(0.4, abs=tolerance)
     # The modes hardly overlap: each has its own entropy and divergence, and those of the weights are added.
     w, v = torch.tensor([0.1, 0.2, 0.3, 0.4]), torch.tensor([0.4, 0.3, 0.2, 0.1])
@@ -335,6 +341,50 @@ def test_the_figures_of_a_known_energy_are_the_closed_form_ones(dim):
     assert row["val_nll"] == pytest.approx(kl + entropy, abs=0.05)
     assert abs(row["flow_log_z"] + 3) < 4.5 * row["flow_log_z_se"] < 0.2
     assert 0 < row["flow_ess"] <= 1
+
+
+@pytest.mark.parametrize("dim", [2, 8, 64])
+def test_the_true_density_itself_is_judged_without_an_error(dim):
+    p = mixture(dim)
+    model = SimpleNamespace(energy=lambda x: 5 - p.log_prob(x), flow=None)
+    row = Truth(p, 2000, dim, "cpu").figures(model, p.sample(8))
+    for name in ("tv", "tv_se", "val_kl", "val_kl_se", "log_z_se"):
+        assert row[name] == pytest.approx(0, abs=2e-6 * dim), name
+    assert row["log_z"] == pytest.approx(-5, abs=1e-5)
+
+
+def test_the_judge_s_own_errors_are_those_that_its_figures_scatter_with(monkeypatch):
+    """Over 60 sets of points: log Z, the weights and KL of a wrong density, against the standard errors given."""
+    dim, manual_seed = 8, torch.manual_seed
+    model, _ = other(dim)
+    model.flow = None
+    rows = []
+    for seed in range(60):
+        monkeypatch.setattr(torch, "manual_seed", lambda _: manual_seed(seed))
+        rows.append(Truth(mixture(dim), 4000, dim, "cpu").figures(model, torch.zeros(1, dim)))
+    for name in ("log_z", "val_kl"):
+        scatter = torch.tensor([row[name] for row in rows]).std().item()
+        assert 0.7 < scatter / (sum(row[f"{name}_se"] for row in rows) / 60) < 1.4, name
+    off = (torch.tensor([row["weights"] for row in rows]) - torch.tensor([0.4, 0.3, 0.2, 0.1])).abs().sum(1) / 2
+    error = sum(row["tv_se"] for row in rows) / 60  # ½ Σ σ_k; of a normal error the mean magnitude is 0.8 σ
+    assert 0.6 < off.mean() / error < 1.0
+
+
+def test_where_modes_overlap_a_point_counts_for_each_by_the_probability_that_it_came_from_there():
+    p = Mixture([0.2, 0.8], [[0.0] * 3, [1.0] * 3])
+    assert p.responsibilities(p.sample(200_000)).mean(0).tolist() == pytest.approx([0.2, 0.8], abs=0.003)
+    x = torch.tensor([[0.3, -0.4, 1.0]])
+    joint = [w * math.exp(-0.5 * (x - m).square().sum()) for w, m in ((0.2, 0.0), (0.8, 1.0))]
+    torch.testing.assert_close(p.responsibilities(x)[0].tolist(), [j / sum(joint) for j in joint], rtol=1e-5, atol=0)
+
+
+def test_a_density_far_from_the_true_modes_has_no_figures():
+    p = mixture(8)
+    model = SimpleNamespace(energy=lambda x: 0.5 * (x - 30).square().sum(1), flow=None)
+    row = Truth(p, 2000, 8, "cpu").figures(model, p.sample(8))
+    assert row["ess"] < 0.01
+    assert {name for name, value in row.items() if value is None} == {
+        "log_z", "log_z_se", "val_nll", "val_kl", "val_kl_se", "weights", "tv", "tv_se"}
 
 
 def test_the_divergence_of_a_toy_is_that_of_another_quadrature():
@@ -355,14 +405,30 @@ def test_crossings_and_autocorrelation_are_those_of_chains_that_draw_a_new_mode_
     s = parse("--mixing-rounds", "200", "--local-steps", "4")
     truth = Truth(p, 100, 2, "cpu")
     model = SimpleNamespace(energy=lambda x: -p.log_prob(x), flow=p)
-    row = mixing(s, model, p.sample(300), 0.1, truth)
+
+    def mixed(s, flow, step_size, chains):
+        model.flow = flow
+        return mixing(s, lambda x: train_ebm.move(s, model, x, torch.tensor([step_size])), chains[None], truth)
+
+    row = mixed(s, p, 0.1, p.sample(300))
     assert row["crossings"] == pytest.approx(0.7 / 5 * 1000, rel=0.05)
     assert row["autocorrelation_time"] == pytest.approx(5, rel=0.2) and row["followed"] == 1000
-    alone = SimpleNamespace(energy=model.energy, flow=None)  # with steps so short that no chain has the luck to cross
-    stuck = mixing(s, alone, p.sample(300), 0.001, truth)
-    assert stuck["crossings"] == 0 and 50 * stuck["autocorrelation_time"] > stuck["followed"]
-    one = mixing(s, alone, p.means[:1].float().expand(8, 2), 0.001, truth)
+    assert row["draws"] == pytest.approx([0.1, 0.2, 0.3, 0.4], abs=0.01)  # 40,000 draws
+    assert row["draws_tv"] == pytest.approx(sum(abs(d - w) for d, w in zip(row["draws"], [0.1, 0.2, 0.3, 0.4])) / 2)
+    s = parse("--mixing-rounds", "200", "--local-steps", "4", "--sampler", "langevin")
+    stuck = mixed(s, None, 0.001, p.sample(300, equally=True))  # steps so short that no chain has the luck to cross
+    assert stuck["crossings"] == 0 and 50 * stuck["autocorrelation_time"] > stuck["followed"] == 800
+    assert stuck["draws_tv"] == pytest.approx(0.2, abs=1e-3)
+    one = mixed(s, None, 0.001, p.means[:1].float().expand(8, 2))
     assert one["autocorrelation_time"] is None
+
+
+def test_short_chains_are_judged_by_the_draws_that_they_make_from_noise_and_have_no_crossings():
+    s, p = parse("--sampler", "short", "--mixing-rounds", "50"), mixture(2)
+    model = SimpleNamespace(energy=lambda x: -p.log_prob(x), flow=None, start=Mixture([1.0], [p.means[0].tolist()]))
+    row = mixing(s, lambda x: train_ebm.move(s, model, x, torch.tensor([0.1])), p.sample(100)[None],
+                 Truth(p, 100, 2, "cpu"))
+    assert row.keys() == {"draws", "draws_tv"} and row["draws_tv"] == pytest.approx(0.9, abs=0.01)
 
 
 def test_the_gaussian_base_has_the_mean_and_covariance_of_the_data_and_is_normalised():
@@ -420,7 +486,11 @@ def test_errors_are_one_line(finished, tmp_path, capsys, monkeypatch):
     assert {p.name: p.read_bytes() for p in directory.iterdir()} == before
     assert "nothing to resume" in fails(capsys, *arguments(tmp_path / "none", "--resume"))
     assert "invalid choice: 'gibbs'" in fails(capsys, "--sampler", "gibbs")
-    assert "--dim must be 2 for every" in fails(capsys, "--data", "swirl", "--dim", "3")
+    assert "--dim must be 2 for --data swirl" in fails(capsys, "--data", "swirl", "--dim", "3")
+    assert "--weights is not a setting of" in fails(capsys, "--data", "gmm40", "--weights", "1,2")
+    assert "invalid shares value: '1,-2'" in fails(capsys, "--weights", "1,-2")
+    assert "--hottest must be above 1" in fails(capsys, "--sampler", "tempering", "--hottest", "1")
+    assert "is not a setting of" in fails(capsys, "--replicas", "3")
     assert "--dim must be at least 2" in fails(capsys, "--dim", "1")
     assert "--chains must be above 0" in fails(capsys, "--chains", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -455,8 +525,7 @@ def test_a_flow_that_diverges_is_an_error_that_names_the_step(tmp_path, capsys):
 
 def test_acceptance_that_stays_at_zero_is_a_warning_with_the_likely_cause(tmp_path, capsys, monkeypatch, bare):
     """A flow that proposes where the energy is far too high; Langevin steps that are far too long."""
-    monkeypatch.setattr(train_ebm, "fit_flow",
-                        lambda s, model, data, device: model.flow.layers[1].bias.data.fill_(1e4))
+    monkeypatch.setattr(train_ebm, "start_from", lambda s, model, flow: model.flow.layers[1].bias.data.fill_(1e4))
     main(arguments(tmp_path / "flow", "--flow-lr", "1e-9"))
     printed = capsys.readouterr().err
     for epoch in range(1, EPOCHS + 1):
@@ -474,16 +543,19 @@ def test_a_run_whose_chains_move_has_no_warning(tmp_path, capsys, bare):
     assert "warning" not in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
-@pytest.mark.parametrize("adjusted", ["--adjusted", "--no-adjusted"])
+@pytest.mark.parametrize("sampler, adjusted", [
+    *((sampler, "--adjusted") for sampler in ("flow", "langevin", "short")), ("flow", "--no-adjusted"),
+    ("tempering", "--replicas=3")])
 def test_a_step_runs_on_the_meta_device(sampler, adjusted):
     """Where there is no memory, a tensor made on another device shows."""
     s = parse("--sampler", sampler, adjusted)
     model = make_model(s, mixture(3).sample(200)).to("meta")
     x = torch.empty(16, 3, device="meta")
-    chains, step_size, figures = step(s, model, x, torch.tensor(0.1, device="meta"), x, *optimizers(model, 0.1, 0.1))
+    T = train_ebm.ladder(s, "meta")
+    chains, step_size, figures = step(s, model, x.repeat(len(T), 1, 1), 0.1 * T, x, *optimizers(model, 0.1, 0.1))
     absent = {"acceptance"} if adjusted == "--no-adjusted" else set()
-    absent |= set() if sampler == "flow" else {"flow_loss", "flow_grad_norm", "flow_acceptance"}
+    absent |= set() if sampler == "flow" else {"flow_loss", "flow_grad_norm"}
+    absent |= set() if sampler in ("flow", "tempering") else {"global_acceptance"}
     assert chains.is_meta and step_size.is_meta and figures.keys() == set(FIGURES) - absent
     assert all(figure.is_meta and figure.shape == () for figure in figures.values())
 
@@ -495,19 +567,26 @@ def test_the_experiment_makes_its_table_and_figures_and_trains_nothing_twice(tmp
     balanced.main(["--dims", "2", *small])
     printed = capsys.readouterr().out
     assert {p.name for p in (tmp_path / "results").iterdir()} == {"balanced.json", "ebm-weights.png", "ebm-density.png"}
-    assert [line.split(" | ")[1] for line in printed.splitlines() if line.startswith("| 2 |")] == list(SAMPLERS)
+    lines = [line.split(" | ") for line in printed.splitlines() if line.startswith("| 2 |")]
+    assert [line[1] for line in lines] == list(balanced.CELLS)
+    # gradients of a round and the energies of its jump, or of the swaps of eight temperatures; --local-steps is 3
+    assert {line[1]: line[-1].split()[0] for line in lines if "short" not in line[1]} == {
+        "flow": "6", "flow, which is the base as well": "6", "flow alone": "–", "tempering": "40", "langevin": "4",
+        "langevin, started like the data": "4"}
     with monkeypatch.context() as patched:
         patched.setattr(train_ebm, "train", None)
+        patched.setattr(train_ebm, "fit_flow", None)
         balanced.main(["--dims", "2", *small])
-    balanced.main(["--dims", "3", *small])  # beside what is there
+    balanced.main(["--dims", "3", "--cells", "flow", "flow alone", *small])  # beside what is there
     table = json.loads((tmp_path / "results" / "balanced.json").read_text())["runs"]
-    assert [(row["dim"], row["sampler"]) for row in table] == [(dim, sampler) for dim in (2, 3) for sampler in SAMPLERS]
+    assert {(row["dim"], row["cell"]) for row in table} == {
+        *((2, cell) for cell in balanced.CELLS), (3, "flow"), (3, "flow alone")}
 
 
-def test_a_run_that_breaks_down_is_a_row_of_the_table_and_not_its_end(tmp_path, capsys):
+def test_a_run_that_breaks_down_is_an_entry_of_the_table_and_not_its_end(tmp_path, capsys):
     small = [*arguments("unused")[2:], "--runs", str(tmp_path), "--results", str(tmp_path / "results"), "--seeds", "0"]
-    balanced.main(["--dims", "2", *small, "--lr", "1e30"])
+    balanced.main(["--dims", "2", "--cells", "flow", "short", *small, "--lr", "1e30"])
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| 2 |")]
-    assert len(lines) == len(SAMPLERS) and all("(1 of 1 broke down)" in line for line in lines)
+    assert len(lines) == 2 and all("| broke down |" in line for line in lines)
     runs = json.loads((tmp_path / "results" / "balanced.json").read_text())["runs"]
     assert all("at epoch 1" in row["stopped"] for row in runs)
