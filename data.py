@@ -1,3 +1,4 @@
+# From EBFlow, the code beside arXiv 2305.15267. MIT licence, copyright (c) 2026 The EBFlow authors.
 """Data: files of images, toy densities in the plane, and Gaussian mixtures. The densities are exact."""
 
 import gzip

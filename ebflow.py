@@ -69,8 +69,9 @@ class EBFlow(nn.Module):
         return 0.5 * u.square().sum(1) + 0.5 * u.shape[1] * math.log(2 * math.pi) - log_abs_det
 
     def log_z(self):
-        """log Z = -Σ_{i∈S_l} log|det J_i|, exact, in float64: the O(D³) part (poster, Eq. (9)).   -> ()
+        """log Z = -Σ_{i∈S_l} log|det J_i|, exact: the O(D³) part (poster, Eq. (9)).   -> ()
 
+        In float64 under torch.no_grad. Where a gradient is taken, in the precision of the weights (layers.py: precise).
         Raises torch.linalg.LinAlgError, with the layer's name, if a weight is singular or not finite. In compiled code
         and in vmap, the value is then not finite.
         """

@@ -1,4 +1,4 @@
-# From EBFlow, the code beside arXiv 2306.00684. MIT licence, copyright (c) 2026 The EBFlow authors.
+# From EBFlow, the code beside arXiv 2305.15267 and 2306.00684. MIT licence, copyright (c) 2026 The EBFlow authors.
 """Markov chains on any energy: draws from π(x) = exp(-E(x)) / Z, and how good the draws are.
 
 `energy` is a callable (B, …) -> (B,), as in losses.py. A batch x is B independent chains; the result has its device and

@@ -49,7 +49,7 @@ def test_inside_a_package_the_import_of_layers_alone_changes(tmp_path):
         "losses.dsm(ebflow.fc_flow(3).energy, torch.randn(5, 3), 0.3).backward()", tmp_path)
 
 
-@pytest.mark.parametrize("name", ["layers", "ebflow", "losses"])
+@pytest.mark.parametrize("name", ["layers", "ebflow", "losses", "sampling", "data"])
 def test_the_first_line_of_a_file_to_copy_names_its_source_and_its_licence(name):
     first = (ROOT / f"{name}.py").read_text().splitlines()[0]
     holder = re.search(r"Copyright \(c\) (.*)", (ROOT / "LICENSE").read_text()).group(1)

@@ -196,14 +196,56 @@ def test_samples_have_the_shape_the_dtype_and_the_law_of_the_model():
     assert cnn_flow((1, 8, 8), kernel_size=3).sample(5).shape == (5, 1, 8, 8)
 
 
-def test_determinants_are_computed_in_float64_whatever_the_dtype():
-    flow = cnn_flow((1, 8, 8), kernel_size=3)
-    assert flow.log_z().dtype == torch.float64
-    assert flow.bfloat16().log_z().dtype == torch.float64
-    flow = fc_flow(300)  # a determinant of 10⁻⁶⁰⁰, outside the range of float64
+FLOWS = [lambda: fc_flow(60), lambda: cnn_flow((1, 12, 12), kernel_size=3),
+         lambda: ebflow.glow_flow((1, 8, 8), width=4, depth=2)]
+
+
+def perturbed(make):
+    flow = make()
     with torch.no_grad():
+        for p in flow.parameters():
+            p.add_(0.3 * torch.randn_like(p) / p[0].numel() ** 0.5)
+    return flow
+
+
+@pytest.mark.parametrize("make", FLOWS)
+def test_determinants_are_computed_in_float64_to_evaluate_whatever_the_dtype(make):
+    flow = perturbed(make)
+    with torch.no_grad():
+        found, rounded = flow.log_z(), [p.double() for p in flow.parameters()]
+        exact = perturbed(make).double()
+        for p, weight in zip(exact.parameters(), rounded):
+            p.copy_(weight)
+        assert found.dtype == torch.float64 and abs(found - exact.log_z()) < 1e-10
+        assert flow.bfloat16().log_z().dtype == torch.float64
+        flow = fc_flow(300)  # a determinant of 10⁻⁶⁰⁰, outside the range of float64
         flow.layers[0].weight.mul_(0.01)
-    torch.testing.assert_close(flow.log_z().item(), -300 * torch.tensor(0.01).double().log().item())
+        torch.testing.assert_close(flow.log_z().item(), -300 * torch.tensor(0.01).double().log().item())
+
+
+@pytest.mark.parametrize("make", FLOWS)
+def test_the_gradient_of_log_z_in_float32_differs_by_less_than_a_millionth(make):
+    flow = perturbed(make)
+    weights = [p for p in flow.parameters()]
+    found = torch.autograd.grad(flow.log_z(), weights, allow_unused=True)
+    flow.double()
+    exact = torch.autograd.grad(flow.log_z(), [*flow.parameters()], allow_unused=True)
+    error, norm = (math.sqrt(sum(t.square().sum() for t in tensors if t is not None)) for tensors in (
+        [f.double() - e for f, e in zip(found, exact) if e is not None], exact))
+    assert 0 < error < 1e-6 * norm
+
+
+def test_a_gradient_is_not_taken_in_float64_for_a_model_in_float32(monkeypatch):
+    dtypes, slogdet = [], torch.linalg.slogdet
+    monkeypatch.setattr(torch.linalg, "slogdet", lambda A: dtypes.append(A.dtype) or slogdet(A))
+    for flow in (fc_flow(4), cnn_flow((1, 4, 4), kernel_size=3), ebflow.glow_flow((1, 4, 4), width=4, depth=1)):
+        flow.log_z()
+        assert set(dtypes) == {torch.float32}
+        dtypes.clear()
+        for frozen in (flow.requires_grad_(False), flow.double()):  # a fixed layer has no gradient
+            frozen.log_z()
+            assert set(dtypes) == {torch.float64}
+            dtypes.clear()
 
 
 def test_a_singular_weight_is_an_error_that_names_the_layer():
