@@ -24,12 +24,13 @@ import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 from torch.nn.utils import get_total_norm
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 from tqdm import tqdm
 
 from ebflow import cnn_flow, fc_flow
 from experiments import record, recorded
-from experiments.speed import FlopCounter, timed
+from experiments.speed import timed
 from losses import OBJECTIVES
 from support import processes, settings
 from support.fast import accelerated, fast_products
@@ -45,6 +46,20 @@ FORMULAS = flop_registry | {
     aten.linalg_lu_solve: lambda LU, pivots, B, **_: 2 * LU.shape[-1] * B.numel(),
     aten.linalg_solve_triangular: lambda A, B, **_: A.shape[-1] * B.numel(),
 }
+
+
+class FlopCounter(TorchDispatchMode):
+    """Sums the formulas over what runs inside. torch's FlopCounterMode hooks modules, and fails on the ∇_x in a loss."""
+
+    def __init__(self, formulas=FORMULAS):
+        super().__init__()
+        self.flops, self.formulas = 0, formulas
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if function.overloadpacket in self.formulas:
+            self.flops += self.formulas[function.overloadpacket](*args, **(kwargs or {}), out_val=out)
+        return out
 
 
 def build(arch, shape):
@@ -73,7 +88,7 @@ def count_operations(arch, shape, loss, batch_size):
     """Operations of the objective and its gradient; nothing is computed."""
     with torch.device("meta"):
         flow = build(arch, shape)
-    with FlopCounter(FORMULAS) as counter:
+    with FlopCounter() as counter:
         make_gradient(settings_of(arch, loss, batch_size), flow)(torch.randn(batch_size, *flow.shape, device="meta"))
     return counter.flops
 

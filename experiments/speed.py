@@ -1,19 +1,20 @@
-"""Batches per second of every objective, and the time of a step beside that of the matrix products that it must do.
+"""Batches per second of a training step: plain, ours, ours compiled; and the time of its matrix products alone.
 
     python -m experiments.speed
-    python -m experiments.speed --arch cnn --compile
-    python -m experiments.speed --arch toy --compile
+    python -m experiments.speed --arch cnn
 
-A step is everything that training does for one batch: indexing, dequantisation, pre-processing (centred pixels),
-objective, gradient, optimiser, moving average. The floor of --arch fc is the number of products of a (batch × D) with a
-(D × D) matrix in a step, by torch's own counter of operations, times the time of one product. It leaves out the
-determinants and solves that `ml` and `sml` need. It also leaves out the passes over the parameters: the norm of the
-gradient, the optimiser and the moving average read or write each of them. The time of these passes is printed.
+A step is all that training does for one batch: data, pre-processing, objective, gradient, optimiser, moving average.
+
+    plain      a competent first version: layers.py and losses.py in float32 with F.conv2d, loss.backward(), and Adam
+               and AveragedModel as torch gives them
+    here       the step of train_mnist.py or train_toy.py
+    compiled   the same with --compile; on a CPU alone
+    floor      the matrix products and convolutions of the step here, one after another and nothing between them. It
+               leaves out determinants and solves, element-wise work and all passes over the parameters
 
 Ten steps of one kind are timed together. Kinds take turns, so slow moments of the machine hit all of them. The medians
-are printed. With --compile there are also compiled steps. With --arch toy, the flow in the plane, there are also plain
-steps in float64. The learning rate is so small that the parameters stay what they are. On one core the experiment takes
-half a minute, with --arch toy one minute, cnn two, glow five. Compiling an objective takes up to a minute more.
+are printed, and their ratios. The learning rate is so small that the parameters stay what they are. On two cores --arch
+fc takes one minute, cnn two, toy and glow three, most of it to compile.
 """
 
 import argparse
@@ -26,31 +27,90 @@ import torch
 from torch.nn.utils import get_total_norm
 from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import flop_registry
 
 import train_mnist
 import train_toy
-from data import MNIST, TOYS, DataError, load_images
+from data import MNIST, TOYS, DataError, dequantize, load_images
 from ebflow import EBFlow, toy_flow
+from layers import Convolution
 from losses import OBJECTIVES
 from support import processes, settings
 from support.fast import Graphed, fast_products
-from support.optimization import trainable, update_average
+from support.optimization import trainable
 from support.run import one_line_errors
 
 
-class FlopCounter(TorchDispatchMode):
-    """Sums torch's own formulas. torch's FlopCounterMode hooks modules, and fails on the ∇_x in a loss."""
+class Products(TorchDispatchMode):
+    """Records the matrix products and convolutions of what runs inside. A call repeats them on the same arguments."""
 
-    def __init__(self, formulas=flop_registry):
+    def __init__(self):
         super().__init__()
-        self.flops, self.formulas = 0, formulas
+        self.calls = []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        if function.overloadpacket in self.formulas:
-            self.flops += self.formulas[function.overloadpacket](*args, **(kwargs or {}), out_val=out)
-        return out
+        if function.overloadpacket in flop_registry:
+            self.calls.append((function, args, kwargs or {}))
+        return function(*args, **(kwargs or {}))
+
+    def to(self, device):
+        self.calls = tree_map_only(torch.Tensor, lambda t: t.detach().to(device), self.calls)
+        return self
+
+    @torch.no_grad()
+    def __call__(self, *_):
+        for function, args, kwargs in self.calls:
+            function(*args, **kwargs)
+
+
+def step_of_images(kind, arch, loss, images, batch_size, device):
+    """A step on random batches of the images: --normalize center, so that all objectives start alike.   -> () -> None"""
+    s = settings.parse(settings.Mnist, ["--arch", arch, "--loss", loss, "--batch-size", str(batch_size),
+                                        *["--model-samples", str(batch_size)] * (loss == "sml"),
+                                        "--normalize", "center", "--lr", "1e-8", *["--compile"] * (kind == "compiled")])
+    pre, flow = train_mnist.build(s, images[:2000])
+    model = EBFlow([*pre.layers, *flow.layers], pre.shape).to(device)
+    train_set, n = images.to(device), count()
+
+    def batch():
+        return train_set[torch.randint(len(train_set), (batch_size,), device=device)]
+
+    if kind == "plain":
+        for layer in model.modules():
+            if isinstance(layer, Convolution):
+                layer.dense = 0  # F.conv2d
+        return plain(s, flow, lambda: pre(dequantize(batch()).view(-1, *model.shape)))
+    step, _ = train_mnist.make_step(s, pre, flow, model, copy.deepcopy(model))
+    return lambda: step(batch(), next(n))
+
+
+def step_of_toys(kind, loss, batch_size, device):
+    """A step on fresh points of the swirl, at the noise of the start.   -> () -> None"""
+    s = settings.parse(settings.Toy, ["--data", "swirl", "--loss", loss, "--lr", "1e-8",
+                                      *["--compile"] * (kind == "compiled")])
+    toy, flow, n = TOYS["swirl"](), toy_flow(blocks=s.blocks, width=s.width).to(device), count()
+    sigma = torch.tensor(s.start_smoothing, dtype=torch.float64, device=device)
+    if kind == "plain":
+        return plain(s, flow, lambda: toy.sample(batch_size, device), sigma=sigma, pooled=True)
+    step, _ = train_toy.make_step(s, flow, copy.deepcopy(flow))
+    return lambda: step(toy.sample(batch_size, device), sigma, next(n))
+
+
+def plain(s, flow, batch, **more):
+    """A step as torch's tutorials write it.   -> () -> None"""
+    optimizer = torch.optim.Adam(trainable(flow), lr=s.lr)
+    average = AveragedModel(flow, avg_fn=get_ema_avg_fn(0.999))
+    knobs = s.config() | more
+
+    def step():
+        optimizer.zero_grad()
+        OBJECTIVES[s.loss](flow, batch(), share=processes.share, **knobs).backward()
+        get_total_norm([p.grad for p in trainable(flow)])
+        optimizer.step()
+        average.update_parameters(flow)
+
+    return step
 
 
 def synchronize(device):
@@ -66,78 +126,6 @@ def timed(function, device):
     return time.perf_counter() - start
 
 
-def training_step(loss, images, batch_size, device, arch="fc", *flags):
-    """A step on random images, and its passes over the parameters alone.   -> () -> None, () -> None"""
-    s = settings.parse(settings.Mnist, ["--arch", arch, "--loss", loss, "--batch-size", str(batch_size),
-                                        *["--model-samples", str(batch_size)] * (loss == "sml"),
-                                        "--normalize", "center", "--lr", "1e-8", *flags])
-    pre, flow = train_mnist.build(s, images[:2000])
-    model = EBFlow([*pre.layers, *flow.layers], pre.shape).to(device)
-    averaged = copy.deepcopy(model)
-    train_step, optimizer = train_mnist.make_step(s, pre, flow, model, averaged)
-    parameters, averages = trainable(model), trainable(averaged)
-    train_set, n = images.to(device), count()
-
-    def step():
-        index = torch.randint(len(train_set), (batch_size,), device=device)
-        train_step(train_set[index], next(n))
-
-    def passes():  # after a step, which leaves a gradient
-        get_total_norm([p.grad for p in parameters])
-        optimizer.step()
-        update_average(averages, parameters, next(n))
-
-    return step, passes
-
-
-def toy_step(loss, batch_size, device, *flags):
-    """A step on fresh points of the swirl.   -> () -> None"""
-    s, toy, flow, sigma = toy_problem(loss, device, *flags)
-    train_step, _ = train_toy.make_step(s, flow, copy.deepcopy(flow))
-    n = count()
-    return lambda: train_step(toy.sample(batch_size, device), sigma, next(n))
-
-
-def plain_toy_step(loss, batch_size, device):
-    """A step of the same flow and objective in float64, as torch's tutorials write it.   -> () -> None
-
-    It computes gradients for the noisy points, too, and takes torch's optimiser and moving average as they come.
-    """
-    s, toy, flow, sigma = toy_problem(loss, device)
-    flow.double()
-    optimizer = torch.optim.Adam(flow.parameters(), lr=s.lr)
-    average = AveragedModel(flow, avg_fn=get_ema_avg_fn(0.999))
-
-    def step():
-        optimizer.zero_grad()
-        x = toy.sample(batch_size, device).double()
-        OBJECTIVES[loss](flow, x, share=processes.share, sigma=sigma, pooled=True, **s.config()).backward()
-        get_total_norm([p.grad for p in flow.parameters()])
-        optimizer.step()
-        average.update_parameters(flow)
-
-    return step
-
-
-def toy_problem(loss, device, *flags):
-    """Settings, the swirl, the flow at its start, and the noise level at the start as a tensor."""
-    s = settings.parse(settings.Toy, ["--data", "swirl", "--loss", loss, "--lr", "1e-8", *flags])
-    sigma = torch.tensor(s.start_smoothing, dtype=torch.float64, device=device)
-    return s, TOYS["swirl"](), toy_flow(blocks=s.blocks, width=s.width).to(device), sigma
-
-
-def count_products(loss, images, batch_size):
-    """Products of a (batch × D) with a (D × D) matrix in a step of the fully-connected flow.
-
-    It counts on a CPU, because products that a GPU replays cannot be counted.
-    """
-    step, _ = training_step(loss, images, batch_size, torch.device("cpu"))
-    step()  # the first of ten moves the actnorm, too
-    with FlopCounter() as counter:
-        step()
-    return counter.flops / (2 * batch_size * images[0].numel() ** 2)
-
-
 def interleaved(functions, repeats, device, calls=10):
     """Seconds of a call of each function: the median over blocks of so many calls.   {name: ()} -> {name: float}"""
     times = {name: [] for name in functions}
@@ -149,60 +137,62 @@ def interleaved(functions, repeats, device, calls=10):
     return {name: statistics.median(t) for name, t in times.items()}
 
 
+def floor(loss, make):
+    """What repeats the products of a step that make(kind, device) makes. Recorded on a CPU: a graph hides them."""
+    step, products = make("here", torch.device("cpu")), Products()
+    step()  # the first of ten moves the actnorm, too
+    with products:
+        step()
+
+    def on(device):
+        replay, x = Graphed(products.to(device), []), torch.zeros((), device=device)
+
+        def call():
+            with fast_products(loss):
+                replay(x)
+
+        return call
+
+    return on
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--arch", choices=["fc", "cnn", "glow", "toy"], default="fc")
+    parser.add_argument("--losses", nargs="+", choices=OBJECTIVES, default=[*OBJECTIVES])
+    parser.add_argument("--kinds", nargs="+", choices=["plain", "here", "compiled"], default=["plain", "here", "compiled"])
     parser.add_argument("--shape", type=int, nargs=3, metavar=("C", "H", "W"), help="random images, in place of MNIST")
     parser.add_argument("--batch-size", type=int, help="by default 100, for the toys 512")
     parser.add_argument("--repeats", type=int, default=12, help="blocks of ten steps of each kind")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
-    parser.add_argument("--compile", action="store_true", help="time compiled steps, too, on a CPU")
     a = parser.parse_args(argv)
     with one_line_errors(DataError), processes.joined(a.device) as device:
         experiment(a, device)
 
 
 def experiment(a, device):
-    toys = a.arch == "toy"
-    batch_size = a.batch_size or (512 if toys else 100)
-    variants = {"": [], "compiled": ["--compile"]} if a.compile else {"": []}
-    kinds = [(loss, variant) for variant in variants for loss in OBJECTIVES]
-    if toys:
-        steps = {(loss, variant): toy_step(loss, batch_size, device, *variants[variant]) for loss, variant in kinds}
-        steps |= {(loss, "plain"): plain_toy_step(loss, batch_size, device) for loss in OBJECTIVES}
-    else:
+    batch_size = a.batch_size or (512 if a.arch == "toy" else 100)
+    if a.arch != "toy":
         images = torch.randint(0, 256, (2000, *a.shape), dtype=torch.uint8) if a.shape else load_images(MNIST)[0]
-        pairs = {(loss, variant): training_step(loss, images, batch_size, device, a.arch, *variants[variant])
-                 for loss, variant in kinds}
-        steps = {kind: step for kind, (step, _) in pairs.items()}
-    if a.arch == "fc":
-        D = images[0].numel()
-        x, W = torch.randn(batch_size, D, device=device), torch.randn(D, D, device=device)
-        multiply = Graphed(lambda x: [x @ W for _ in range(10)], [])
+    kinds = [kind for kind in a.kinds if kind != "compiled" or device.type == "cpu"]
+    functions = {}
+    for loss in a.losses:
+        def make(kind, device):
+            if a.arch == "toy":
+                return step_of_toys(kind, loss, batch_size, device)
+            return step_of_images(kind, a.arch, loss, images, batch_size, device)
 
-        def ten_products():
-            with fast_products("dsm"):
-                multiply(x)
+        functions |= {(loss, kind): make(kind, device) for kind in kinds} | {(loss, "floor"): floor(loss, make)(device)}
+    median = interleaved(functions, a.repeats, device)
 
-        steps |= {"ten products": ten_products, "passes": pairs["dsm", ""][1]}  # the passes are the same for all
-    median = interleaved(steps, a.repeats, device)
-
-    columns = [*variants, *["plain"] * toys]
-    heads = ["batches/s", "step (ms)"]
-    figures = {kind: [f"{1 / t:.1f}", f"{1e3 * t:.2f}"] for kind, t in median.items()}
-    print(f"{torch.get_num_threads()} threads, batch size {batch_size}")
-    if a.arch == "fc":
-        product = median["ten products"] / 10
-        print(f"one product of {batch_size}×{D} with {D}×{D}: {1e3 * product:.3f} ms; "
-              f"gradient norm, optimiser and moving average: {1e3 * median['passes']:.2f} ms")
-        heads += ["products", "step / floor"]
-        for loss in OBJECTIVES:
-            products = count_products(loss, images, batch_size)
-            for variant in variants:
-                figures[loss, variant] += [f"{products:.0f}", f"{median[loss, variant] / (products * product):.2f}"]
-    print(f"{'objective':9}" + "".join(f"{f'{column} {head}'.strip():>22}" for column in columns for head in heads))
-    for loss in OBJECTIVES:
-        print(f"{loss:9}" + "".join(f"{figure:>22}" for column in columns for figure in figures[loss, column]))
+    ratios = [(a, b) for a, b in (("plain", "here"), ("plain", "compiled"), ("here", "floor"), ("compiled", "floor"))
+              if {a, b} <= {*kinds, "floor"}]
+    print(f"{torch.get_num_threads()} threads, batch size {batch_size}; batches per second, and ratios of times")
+    print("| objective | " + " | ".join([*kinds, *(f"{a} / {b}" for a, b in ratios)]) + " |")
+    for loss in a.losses:
+        cells = [f"{1 / median[loss, kind]:.1f}" for kind in kinds]
+        cells += [f"{median[loss, a] / median[loss, b]:.2f}" for a, b in ratios]
+        print(f"| {loss} | " + " | ".join(cells) + " |")
 
 
 if __name__ == "__main__":

@@ -8,11 +8,11 @@ import torch
 from matplotlib.figure import Figure
 
 from experiments import runtime
-from experiments.speed import FlopCounter
+from experiments.runtime import FlopCounter
 
 
 def operations(function):
-    with FlopCounter(runtime.FORMULAS) as counter:
+    with FlopCounter() as counter:
         function()
     return counter.flops
 
