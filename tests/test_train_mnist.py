@@ -33,7 +33,7 @@ from support.fast import fast_products
 from support.optimization import cosine, trainable, update_average
 from support.run import PICTURES, Run, RunError
 from support.run import read_metrics as rows
-from test_data import small_data_set, write_idx
+from test_data import one_pixel_brighter, small_data_set, write_idx
 from train_mnist import build, evaluate, main, make_step
 
 ROOT = Path(__file__).parent.parent
@@ -269,7 +269,7 @@ def test_a_run_that_is_killed_and_resumed_ends_exactly_like_an_undisturbed_one(d
     if moment in ("in the middle of an epoch", "while it writes"):
         process, tmp_path = children[moment]
         run = arguments(data, tmp_path, "--epochs", "12")
-        error = process.communicate()[1]
+        error = process.communicate(timeout=120)[1]
         assert process.returncode == -signal.SIGKILL, error
         assert (tmp_path / ".checkpoint.pt.part").exists() == (moment == "while it writes")
     else:
@@ -369,7 +369,7 @@ def test_a_checkpoint_of_other_settings_or_other_data_is_refused(data, finished,
     out, _ = finished("dsm")
     line = fails(capsys, *arguments(data, out, "--epochs", "8", "--normalize", "center", "--resume", "--lr", "0.5"))
     assert "lr is 0.0001 there" in line and "0.5 here" in line
-    small_data_set(tmp_path, n=330)
+    one_pixel_brighter(tmp_path)
     assert "sha256" in fails(capsys, *arguments(tmp_path, out, "--epochs", "8", "--normalize", "center", "--resume"))
 
 
@@ -439,10 +439,12 @@ def test_a_full_disk_is_one_line_and_leaves_the_last_checkpoint_whole(data, tmp_
     assert (tmp_path / "checkpoint.pt").read_bytes() == before and not (tmp_path / ".checkpoint.pt.part").exists()
 
 
-def test_control_c_is_one_line_and_the_run_can_go_on(data, tmp_path, no_pictures, monkeypatch, capsys):
+@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
+def test_control_c_and_sigterm_are_one_line_and_the_run_can_go_on(data, tmp_path, no_pictures, monkeypatch, capsys,
+                                                                  kind):
     def pressed(averages, parameters, n):
         if n == 7:
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(kind)
 
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
     try:
@@ -461,7 +463,7 @@ def test_control_c_is_one_line_and_the_run_can_go_on(data, tmp_path, no_pictures
 def test_training_on_mnist_stays_under_one_and_a_half_gibibytes(children):
     """Up to the second step: what follows has the same sizes."""
     process, _ = children["memory"]
-    printed, error = process.communicate()
+    printed, error = process.communicate(timeout=120)
     assert process.returncode == 0, error
     assert int(re.search(r"VmHWM:\s*(\d+) kB", printed).group(1)) < 1.5 * 2**20
 
@@ -968,13 +970,13 @@ def test_a_weight_that_is_singular_in_the_evaluation_is_one_line(data, tmp_path,
     (["--lr", "nan"], "--lr must be a finite number"), (["--lr", "0"], "--lr must be above 0"),
     (["--clip", "-1"], "--clip must be at least 0"), (["--clip", "inf"], "--clip must be a finite number"),
     (["--bend", "nan"], "--bend must be a finite number"), (["--epochs", "0"], "--epochs must be above 0"),
-    (["--epochs", "1.5"], "invalid int value"), (["--s", "0"], "--s must be above 0"),
+    (["--epochs", "1.5"], "invalid int value"), (["--s", "1e-320"], "--s must be at least 0.01, not 1e-320"),
     (["--weight-decay", "1"], "--weight-decay must be below 1"),
     (["--seed", "-1"], "--seed must be at least 0"), (["--seed", str(2**32)], "--seed must be below 4294967296"),
     (["--paper", "--decay", "-1"], "--decay must be above 0, not -1.0"),
     (["--paper", "--decay", "1e308"], "--decay must be at most 1, not 1e+308"),
     (["--arch", "glow", "--floor", "1"], "--floor must be below 1"),
-    (["--loss", "fdssm", "--xi", "0"], "--xi must be above 0"),
+    (["--loss", "fdssm", "--xi", "0"], "--xi must be at least 0.0001"),
     (["--loss", "sml", "--model-samples", "0"], "--model-samples must be above 0"),
     (["--resume", "--overwrite"], "exclude each other"), (["--batch-size", "1000"], "do not fill a batch"),
     (["--data", "/nowhere"], "no train-images-idx3-ubyte.gz"), (["--out", "/dev/null/run"], "cannot write to")])
