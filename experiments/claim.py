@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 from matplotlib.ticker import NullFormatter
 
+from experiments import intact
 from experiments.runtime import slope
 from support.run import one_line_errors, save_picture
 
@@ -44,8 +45,8 @@ def main(argv=None):
     parser.add_argument("--results", type=Path, default=Path("results"))
     a = parser.parse_args(argv)
     with one_line_errors(OSError, ValueError):
-        runs = json.loads((a.results / "runtime-cpu.json").read_text())["runs"]
-        rows = [row for size in runs.values() for row in size]
+        with intact(path := a.results / "runtime-cpu.json"):
+            rows = [row for size in json.loads(path.read_text())["runs"].values() for row in size]
         save_picture(a.results / "claim.png", picture(rows, imread(a.results / "samples-glow-dsm.png")))
 
 

@@ -32,6 +32,7 @@ import train_mnist
 import train_toy
 from data import MNIST, TOYS, DataError, load_images
 from ebflow import EBFlow, toy_flow
+from experiments import at_least
 from losses import OBJECTIVES
 from support import processes, settings
 from support.fast import Graphed, fast_products
@@ -153,8 +154,8 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--arch", choices=["fc", "cnn", "glow", "toy"], default="fc")
     parser.add_argument("--shape", type=int, nargs=3, metavar=("C", "H", "W"), help="random images, in place of MNIST")
-    parser.add_argument("--batch-size", type=int, help="by default 100, for the toys 512")
-    parser.add_argument("--repeats", type=int, default=12, help="blocks of ten steps of each kind")
+    parser.add_argument("--batch-size", type=at_least(1), help="by default 100, for the toys 512")
+    parser.add_argument("--repeats", type=at_least(1), default=12, help="blocks of ten steps of each kind")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--compile", action="store_true", help="time compiled steps, too, on a CPU")
     a = parser.parse_args(argv)
