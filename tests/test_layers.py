@@ -157,6 +157,13 @@ def test_a_glow_has_its_floor_in_every_coupling_and_draws_stay_finite():
     assert flows[0.5].sample(4).abs().max() < 1e6 < flows[0.0].sample(4).nan_to_num(math.inf).abs().max()
 
 
+def test_half_of_the_channels_of_a_glow_pass_to_the_prior_after_each_block_but_the_last():
+    flow = ebflow.glow_flow((1, 16, 16), width=2, depth=1, blocks=4)
+    active = [layer.channels if isinstance(layer, layers.Part) else layer.weight.shape[0]
+              for layer in flow.layers if isinstance(getattr(layer, "layer", layer), layers.Conv1x1)]
+    assert active == [4, 8, 16, 32] and flow.shapes[-1] == (256, 1, 1)
+
+
 def test_actnorm_starts_from_its_data():
     x = 3 + 5 * torch.randn(64, 4, 6, 6)
     layer = ActNorm(4)
@@ -200,6 +207,9 @@ def test_determinants_are_computed_in_float64_whatever_the_dtype():
     flow = cnn_flow((1, 8, 8), kernel_size=3)
     assert flow.log_z().dtype == torch.float64
     assert flow.bfloat16().log_z().dtype == torch.float64
+    for layer, shape in ((layers.Conv1x1(3), (3, 2, 2)), (ActNorm(3), (3, 2, 2)), (layers.Standardize(3.0), (3,))):
+        found, exact = layer.log_abs_det(shape), layer.double().log_abs_det(shape)
+        assert found.dtype == torch.float64 and found.item() == pytest.approx(exact.item(), abs=1e-12)
     flow = fc_flow(300)  # a determinant of 10⁻⁶⁰⁰, outside the range of float64
     with torch.no_grad():
         flow.layers[0].weight.mul_(0.01)
@@ -261,9 +271,10 @@ def test_the_examples_in_the_docstrings_run(module):
 
 
 @pytest.mark.parametrize("channels, kernel_size, H, W",
-                         [(1, 7, 9, 5), (2, 3, 4, 3), (3, 5, 4, 6), (2, 1, 3, 2), (4, 7, 2, 2)])
+                         [(1, 7, 9, 5), (2, 3, 4, 3), (3, 5, 4, 6), (2, 1, 3, 2), (4, 7, 2, 2), (1, 7, 10, 4)])
 def test_a_convolution_is_a_product_with_its_matrix_and_the_elimination_by_rows_gives_its_determinant(
         channels, kernel_size, H, W):
+    """Where ⌊k/2⌋ does not divide H, as at 28 × 28 with k = 7, the last block of rows is smaller."""
     layer = Convolution(channels, kernel_size, diagonal=1.5, bias=0.2).double()
     torch.nn.init.normal_(layer.weight, std=0.3)
     x = torch.randn(4, channels, H, W, dtype=torch.float64)

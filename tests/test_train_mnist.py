@@ -13,6 +13,7 @@ import resource
 import signal
 import subprocess
 import sys
+import time
 import zipfile
 from pathlib import Path
 
@@ -200,9 +201,10 @@ def test_every_switch_runs_and_changes_the_result(data, plain, tmp_path, no_pict
     assert rows(tmp_path)[-1]["test_nll"] != plain
 
 
-@pytest.mark.parametrize("flags", [[], ["--no-ema"]], ids=str)
+@pytest.mark.parametrize("flags, saves", [([], None), (["--no-ema"], None), ([], 2), ([], 3)], ids=str)
 def test_the_weights_of_the_best_epoch_are_a_copy_that_later_steps_leave_alone(data, tmp_path, no_pictures, monkeypatch,
-                                                                               flags):
+                                                                               flags, saves):
+    """Epoch 1 of 3 is made the best one, also in a run that is stopped then or later."""
     states = []
 
     def worse_and_worse(split, model, images):
@@ -210,7 +212,12 @@ def test_the_weights_of_the_best_epoch_are_a_copy_that_later_steps_leave_alone(d
         return {f"{split}_nll": float(len(states)), f"{split}_bpd": 0.0}
 
     monkeypatch.setattr(train_mnist, "evaluate", worse_and_worse)
-    main(arguments(data, tmp_path, "--epochs", "3", "--lr", "1e-2", *flags))
+    run = arguments(data, tmp_path, "--epochs", "3", "--lr", "1e-2", *flags)
+    if saves:
+        with monkeypatch.context() as patched, pytest.raises(SystemExit):
+            stop_after(patched, saves)
+            main(run)
+    main([*run, *["--resume"] * bool(saves)])
     assert len(states) == 5 and rows(tmp_path)[-1]["best_epoch"] == 1 and rows(tmp_path)[-1]["test_nll"] == 5.0
     _, first, second, _, tested = states
     assert not torch.equal(first["layers.4.weight"], second["layers.4.weight"])
@@ -316,6 +323,18 @@ def test_the_time_of_a_resumed_run_goes_on_from_its_checkpoint(data, tmp_path, n
     torch.save(stopped, tmp_path / "checkpoint.pt")
     main(arguments(data, tmp_path, "--resume"))
     assert 1000 < rows(tmp_path)[-1]["seconds"] < 1100
+
+
+def test_the_batches_per_second_are_those_of_training_alone(data, tmp_path, no_pictures, monkeypatch):
+    def slow(split, *rest):
+        time.sleep(0.5)
+        return {f"{split}_nll": 1.0, f"{split}_bpd": 0.0}
+
+    monkeypatch.setattr(train_mnist, "evaluate", slow)
+    main(arguments(data, tmp_path, "--epochs", "1", "--actnorm", "none"))
+    start, last = rows(tmp_path)
+    assert start["batches_per_second"] is None and last["batches_per_second"] > 5 / 0.5
+    assert last["seconds"] > 1  # in which evaluation is
 
 
 def test_a_glow_with_its_last_actnorm_at_the_moments_resumes_exactly(data, tmp_path, no_pictures, monkeypatch):
@@ -780,6 +799,13 @@ def test_a_glow_starts_with_every_actnorm_giving_mean_0_and_variance_1(images):
     pre, flow = build(parse(*GLOW, "--loss", "ml"), images)
     outputs = actnorm_outputs(flow, pre(dequantize(images)))
     assert len(outputs) == 5 and off(outputs) < 0.1
+
+
+def test_actnorms_start_from_images_with_the_noise_of_dequantisation():
+    """Dark images: without the noise every logit is near -14, with it they are spread."""
+    images = torch.randint(0, 2, (1000, 1, 4, 4), dtype=torch.uint8)
+    pre, flow = build(parse(*GLOW, "--loss", "ml", "--normalize", "none"), images)
+    assert off(actnorm_outputs(flow, pre(dequantize(images)))) < 0.2
 
 
 def test_the_couplings_of_a_glow_have_the_floor_of_its_settings(images):
