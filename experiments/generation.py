@@ -50,7 +50,8 @@ def experiment(a):
     grid = figure.subplots(a.chains, len(titles), squeeze=False)
     for axes_column, title, images in zip(grid.T, titles, pictures):
         for axes, image in zip(axes_column, images):
-            axes.imshow(image.view(train_set.shape[-2:]).clamp(0, 256).numpy(), cmap="gray", vmin=0, vmax=256)
+            pixels = image.view(train_set.shape[1:]).permute(1, 2, 0)  # (H, W, C)
+            axes.imshow(pixels.clamp(0, 256).numpy() / 256, cmap="gray", vmin=0, vmax=1)
             axes.axis("off")
         axes_column[0].set_title(title, fontsize="x-small")
     save_picture(a.results / f"generation-{s.arch}-{s.loss}.png", figure)

@@ -87,8 +87,8 @@ def experiment(a):
         rows += [("truth", x), (name, seen), ("one draw", draws[0]), ("mean of draws", guess)]
     figure = Figure(figsize=(8, 6.6), layout="constrained")
     for axes, (name, pictures) in zip(figure.subplots(len(rows), 1), rows):
-        strip = pictures[:16].view(-1, *train_set.shape[-2:]).permute(1, 0, 2).flatten(1)
-        axes.imshow(strip.clamp(0, 256).numpy(), cmap="gray", vmin=0, vmax=256)
+        strip = pictures[:16].view(-1, *train_set.shape[1:]).permute(2, 0, 3, 1).flatten(1, 2)  # (H, 16 W, C)
+        axes.imshow(strip.clamp(0, 256).numpy() / 256, cmap="gray", vmin=0, vmax=1)
         axes.set(xticks=[], yticks=[])
         axes.set_ylabel(name, rotation=0, ha="right", va="center", fontsize="small")
     save_picture(a.results / f"imputation-{s.arch}-{s.loss}.png", figure)
