@@ -52,7 +52,7 @@ def finished(directory, data):
     if config.get("data") in TOYS and "blocks" in config:
         toy = TOYS[config["data"]]()
         return load_toy(directory), lambda n: toy.points(n, "cpu"), Toy.smoothing, None
-    if "arch" not in config or not (config["map"] and config.get("sigma")):
+    if "arch" not in config or not (config.get("map") and config.get("sigma")):
         raise RunError(f"{directory} is no run of train_toy.py, nor one of train_mnist.py by score matching with noise")
     images = load_images(data)[0]
     s, pre, flow, _ = load_mnist(directory, images)

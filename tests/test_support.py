@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from conftest import checkpoint
@@ -193,6 +194,15 @@ def test_a_directory_has_one_run_at_a_time_and_a_kill_frees_it(tmp_path):
     with pytest.raises(RunError, match="belongs to other settings"):
         a_run(tmp_path, resume=True, lr=0.2)
     a_run(tmp_path, resume=True)  # the end of a run frees it, an error at its start, too
+
+
+def test_where_the_first_process_finds_a_lock_the_others_stop_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_rank", lambda: 1)
+    monkeypatch.setattr(dist, "broadcast_object_list", lambda said: said.__setitem__(0, True))
+    with pytest.raises(RunError, match="another process writes"):
+        a_run(tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_checkpoint_is_written_before_the_metrics(tmp_path, monkeypatch):
