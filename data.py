@@ -2,6 +2,7 @@
 """Data: files of images, toy densities in the plane, and Gaussian mixtures. The densities are exact."""
 
 import gzip
+import hashlib
 import math
 import zlib
 from pathlib import Path
@@ -78,6 +79,11 @@ def load_images(path):
     if n == len(train) or len(test) == 0:
         raise DataError(f"{len(train)} training and {len(test)} test images in {path} are too few")
     return train[:n], train[n:], test
+
+
+def digest(splits):
+    """What tells one data set from another: the SHA-256 of the bytes of all its images.   -> str"""
+    return hashlib.sha256(b"".join(map(torch.Tensor.numpy, splits))).hexdigest()
 
 
 def read_cifar(path):
@@ -247,7 +253,7 @@ class Mixture(Density):
         return self._log_joint(x).logsumexp(1).to(x.dtype)
 
     def responsibilities(self, x):
-        """P(k | x), the probability that x was drawn from mode k; its mean over draws of p is w_k.   (B, D) -> (B, K)"""
+        """P(k | x), the probability that x comes from mode k. Its mean over draws of p is w_k.   (B, D) -> (B, K)"""
         return self._log_joint(x).softmax(1)
 
     def mode(self, x):

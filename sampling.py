@@ -184,7 +184,7 @@ def effective_sample_size(log_weights):
 
 
 class LogZEstimate(NamedTuple):
-    """An estimate of log Z in nats, its standard error √(1/ESS - 1/n), and the ESS. `enough` draws count if ESS ≥ 100."""
+    """An estimate of log Z in nats, its standard error √(1/ESS - 1/n), and the ESS; 100 of that are `enough`."""
     log_z: torch.Tensor                  # ()
     standard_error: torch.Tensor         # ()
     effective_sample_size: torch.Tensor  # ()

@@ -30,6 +30,7 @@ import copy
 import sys
 import time
 
+import support  # before torch: makes Ctrl-C and SIGTERM one line each
 import torch
 import torch.nn as nn
 from torch.nn.utils import clip_grad_norm_
@@ -100,8 +101,8 @@ def train(s, device):
         figures = {name.replace("val_", "test_"): value for name, value in truth.figures(averaged, chains[0]).items()}
         run.finish(figures | mixing(s, lambda x: move(s, averaged, x, step_size), chains, truth))
         if figures["test_nll"] is None:
-            print("warning: no Z, NLL, KL or weights: the points around the true modes that measure them have an effective "
-                  f"sample size of {figures['ess']:.2%} of their number, so p_θ lies elsewhere", file=sys.stderr)
+            print("warning: no Z, NLL, KL or weights: p_θ lies elsewhere than the points around the true modes, whose "
+                  f"effective sample size is {figures['ess']:.2%} of their number", file=sys.stderr)
         run.picture("density.png", plots.ebm(averaged, truth, chains[0]))
         if truth.modes:
             run.picture("mode_weights.png", plots.mode_weights(run.metrics, data))
@@ -119,7 +120,7 @@ def step(s, model, chains, step_size, x, optimizer, flow_optimizer):
 
 
 def move(s, model, chains, step_size):
-    """One round of the sampler. chains[0] is at temperature 1; only tempering has more.   -> chains (T, B, D), Report"""
+    """A round of the sampler. chains[0] is at temperature 1; only tempering has more.   -> chains (T, B, D), Report"""
     if s.sampler == "tempering":
         return tempering(model.energy, chains, ladder(s, chains.device), s.local_steps, step_size)
     x = model.start.sample(len(chains[0])) if s.sampler == "short" else chains[0]

@@ -8,15 +8,15 @@ decides which epoch is kept, and the test split is read once, at the end. Recipe
 """
 
 import copy
-import hashlib
 import math
 import time
 from operator import attrgetter
 
+import support  # before torch: makes Ctrl-C and SIGTERM one line each
 import torch
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from data import DataError, dequantize, load_images
+from data import DataError, dequantize, digest, load_images
 from ebflow import EBFlow, cnn_flow, fc_flow, glow_flow, logit_preprocessing
 from layers import ActNorm, ConstantChannel, FullyConnected
 from losses import OBJECTIVES
@@ -41,11 +41,10 @@ def train(s, device):
     averaged = copy.deepcopy(model)                                    # θ̃ of EMA
     step, optimizer = make_step(s, pre, flow, model, averaged)
 
-    sha256 = hashlib.sha256(b"".join(map(torch.Tensor.numpy, splits))).hexdigest()
     parts = {"model": model, "averaged": averaged, "optimizer": optimizer}
-    with Run(s, "lower --lr, or set or lower --clip", parts, images=[*splits[0].shape], sha256=sha256) as run:
+    with Run(s, "lower --lr, or set or lower --clip", parts, images=[*splits[0].shape], sha256=digest(splits)) as run:
         print(model, flush=True)
-        best = run.state.get("best", {"val_nll": math.inf})
+        best = run.state["best"] if run.state["epoch"] >= 0 else {"epoch": 0, "val_nll": math.inf, "model": {}}
         for epoch in range(run.state["epoch"] + 1, s.epochs + 1):      # epoch 0 shows what the start alone is worth
             start = time.perf_counter()
             torch.manual_seed(1_000_003 * s.seed + epoch)              # a resumed run has no generator to restore

@@ -14,6 +14,7 @@ import copy
 import math
 import time
 
+import support  # before torch: makes Ctrl-C and SIGTERM one line each
 import torch
 from torch.nn.utils import get_total_norm
 
@@ -37,7 +38,7 @@ def train(s, device):
 
     parts = {"model": flow, "averaged": averaged, "optimizer": optimizer}
     with Run(s, "lower --lr or raise --start-smoothing", parts) as run:
-        best = run.state.get("best", {"val_nll": math.inf})
+        best = run.state["best"] if run.state["epoch"] >= 0 else {"epoch": 0, "val_nll": math.inf, "model": {}}
         for epoch in range(run.state["epoch"] + 1, s.epochs + 1):      # epoch 0 shows what the start alone is worth
             start = time.perf_counter()
             torch.manual_seed(1_000_003 * s.seed + epoch)              # a resumed run has no generator to restore

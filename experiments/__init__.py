@@ -1,11 +1,39 @@
-"""What the experiments share: the machine in words, and a file of results that is written after every run."""
+"""What the experiments share: kinds of flags, the machine in words, and files of results, written after every run."""
 
+import argparse
+import contextlib
 import json
+import os
 import platform
+from pathlib import Path
 
+import support  # before torch
 import torch
 
 from support.run import RunError, write
+
+
+def at_least(least, kind=int):
+    """The type of a flag: a number from `least` to a billion."""
+    def number(text):
+        value = kind(text)
+        if not least <= value <= 10**9:
+            raise argparse.ArgumentTypeError(f"must lie between {least} and a billion, not {value}")
+        return value
+    number.__name__ = kind.__name__  # argparse names it where the text is no number
+    return number
+
+
+def folder(text):
+    """The type of --results. The folder is made before the work, so that nothing is lost after it.   -> Path"""
+    path = Path(text)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    if not os.access(path, os.W_OK):
+        raise argparse.ArgumentTypeError(f"cannot write to {path}")
+    return path
 
 
 def machine():
@@ -20,15 +48,24 @@ def recorded(path, **identity):
     Raises RunError where the file is damaged, or where its identity or machine is another one.
     """
     new = json.loads(json.dumps(identity)) | {"machine": machine(), "runs": {}}  # lists for tuples, as in the file
-    try:
+    with intact(path):
         result = json.loads(path.read_text()) if path.exists() else new
         different = [f"{key} is {result[key]!r} there and {new[key]!r} here"
                      for key in new if key != "runs" and result[key] != new[key]]
-    except (ValueError, KeyError, TypeError):
-        raise RunError(f"{path} is damaged, or no results of this experiment: move it away") from None
+        if not all(result["runs"].values()):
+            raise ValueError
     if different:
         raise RunError(f"{path} is of another run: {', '.join(different)}; move it away, or name another --results")
     return result
+
+
+@contextlib.contextmanager
+def intact(path):
+    """Around what reads a file of results. Raises RunError where it does not hold what it should."""
+    try:
+        yield
+    except (ValueError, LookupError, TypeError, AttributeError):
+        raise RunError(f"{path} is damaged, or no results of this experiment: move it away") from None
 
 
 def record(path, result):

@@ -23,9 +23,9 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 import train_mnist
-from data import MNIST, DataError, dequantize, load_images
+from data import MNIST, DataError, dequantize, digest, load_images
 from ebflow import EBFlow
-from experiments import record, recorded
+from experiments import folder, record, recorded
 from experiments.toys import interval
 from support import processes, settings
 from support.optimization import cosine
@@ -117,15 +117,14 @@ def main(argv=None):
     parser.add_argument("--seeds", type=int, default=3, choices=range(1, 6), help="the number of seeds")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--data", type=Path, default=MNIST, help="directory of the IDX files")
-    parser.add_argument("--results", type=Path, default=Path("results"))
+    parser.add_argument("--results", type=folder, default="results")
     a, flags = parser.parse_known_args(argv)
     runs = [settings.parse(settings.Mnist, ["--loss", loss, "--seed", str(seed), on, *flags])
             for seed in range(a.seeds) for loss in OBJECTIVES for on in ("--map", "--no-map")]
     with one_line_errors(DataError, OSError), processes.joined(a.device) as device:
         splits = load_images(a.data)
-        a.results.mkdir(exist_ok=True)
         path = a.results / f"ablation-{runs[0].arch}.json"
-        result = recorded(path, command=" ".join(["python -m experiments.ablation", *flags]))
+        result = recorded(path, command=" ".join(["python -m experiments.ablation", *flags]), images=digest(splits))
         for s in runs:
             if label(s) not in result["runs"]:
                 result["runs"][label(s)] = train(s, splits, device)

@@ -3,8 +3,8 @@
     python -m experiments.balanced
     python -m experiments.balanced --dims 2 16 --seeds 0 --cells flow tempering    some runs; the table keeps the others
 
-Runs `python train_ebm.py` with the flags of CELLS under runs/, and continues runs that were stopped. "flow alone" is the
-same flow by maximum likelihood on the data, with as many updates. Flags that --help does not list go to every run.
+Runs `python train_ebm.py` with the flags of CELLS under runs/, and continues runs that were stopped. "flow alone" is
+the same flow by maximum likelihood on the data, with as many updates. Flags that --help does not list go to every run.
 
 Writes results/balanced.json; results/ebm-weights.png, the total variation between the true and the learnt mode weights
 against training steps; results/ebm-density.png, the densities in the plane. Prints the table of docs/results.md.
@@ -24,10 +24,10 @@ from matplotlib.figure import Figure
 
 import train_ebm
 from data import mixture
-from experiments import machine, record
+from experiments import at_least, folder, intact, machine, record
 from support import plots, settings
 from support.judge import Truth, total_variation
-from support.run import read_checkpoint, read_metrics, save_picture
+from support.run import one_line_errors, read_checkpoint, read_metrics, save_picture
 
 CELLS = {
     "flow": "",
@@ -157,17 +157,17 @@ def planes(models, table):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog="Other flags go to train_ebm.py.")
-    parser.add_argument("--dims", type=int, nargs="+", default=[2, 8, 16, 32, 64])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--dims", type=at_least(2), nargs="+", default=[2, 8, 16, 32, 64])
+    parser.add_argument("--seeds", type=at_least(0), nargs="+", default=[0, 1, 2])
     parser.add_argument("--cells", nargs="+", choices=CELLS, default=[*CELLS])
     parser.add_argument("--runs", type=Path, default=Path("runs"))
-    parser.add_argument("--results", type=Path, default=Path("results"))
+    parser.add_argument("--results", type=folder, default="results")
     a, flags = parser.parse_known_args(argv)
 
     path = a.results / "balanced.json"
-    done = json.loads(path.read_text())["runs"] if path.exists() else []
-    table = {(row["dim"], row["cell"], row["seed"]): row for row in done}
-    a.results.mkdir(exist_ok=True)
+    with one_line_errors(), intact(path):
+        done = json.loads(path.read_text())["runs"] if path.exists() else []
+        table = {(row["dim"], row["cell"], row["seed"]): row for row in done}
     for seed in a.seeds:  # all dimensions of one seed first
         for dim in a.dims:
             for cell in a.cells:

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from data import TOYS
-from experiments import record
+from experiments import folder, intact, record
 from experiments.toys import grid
 from experiments.trained import load_toy
 from losses import OBJECTIVES
@@ -63,7 +63,7 @@ def read(directory):
         return {name: config[name] for name in ("data", "loss", "seed")} | {
             "flags": flags(config), "steps": last["step"], "minutes": last["seconds"] / 60,
             **{name: last[f"test_{name}"] for name in ("kl", "kl_se", "fisher", "fisher_se")}}
-    except (OSError, ValueError, KeyError, IndexError):
+    except (OSError, ValueError, LookupError, TypeError):
         raise RunError(f"{directory} is no finished run of train_toy.py") from None
 
 
@@ -83,11 +83,14 @@ def rows(runs):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("runs", type=Path, nargs="+", help="directories of runs of train_toy.py")
-    parser.add_argument("--results", type=Path, default=Path("results"))
+    parser.add_argument("--results", type=folder, default="results")
     parser.add_argument("--add", action="store_true", help="keep the runs of results/depth.json")
     a = parser.parse_args(argv)
     with one_line_errors(OSError, ValueError):
-        before = json.loads((a.results / "depth.json").read_text())["runs"] if a.add else []
+        path = a.results / "depth.json"
+        with intact(path):
+            before = json.loads(path.read_text())["runs"] if a.add else []
+            rows(before)
         runs = [read(directory) for directory in a.runs]
         cells = {}
         for run, directory in zip(runs, a.runs):
@@ -95,10 +98,9 @@ def main(argv=None):
                 flow = load_toy(directory)
                 run["kl_of_shares"] = kl_of_shares(TOYS[run["data"]](), flow)
                 cells.setdefault((run["data"], run["loss"]), (flow, {"test_kl": run["kl"]}))
-        a.results.mkdir(exist_ok=True)
         unique = {(same_settings(run), run["seed"]): run for run in before + runs}  # the last of equal ones
         runs = sorted(unique.values(), key=lambda run: ([*TOYS].index(run["data"]), [*OBJECTIVES].index(run["loss"])))
-        record(a.results / "depth.json", {"command": "python -m experiments.depth", "runs": runs})
+        record(path, {"command": "python -m experiments.depth", "runs": runs})
         if cells and not a.add:
             truths = {name: toy() for name, toy in TOYS.items() if any(name in cell for cell in cells)}
             objectives = [loss for loss in OBJECTIVES if any(loss in cell for cell in cells)]

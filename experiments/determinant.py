@@ -25,14 +25,13 @@ Source: Chao et al. (2023), the estimate of Z by importance sampling; the varian
 
 import argparse
 import math
-from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from ebflow import EBFlow
-from experiments import machine, record
+from experiments import at_least, folder, machine, record
 from layers import FullyConnected
 from sampling import estimate_log_z
 from support.run import one_line_errors, save_picture
@@ -130,17 +129,13 @@ def picture(by_samples, by_dimension):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--c", type=float, default=0.3, help="how far W is from the identity")
-    parser.add_argument("--dims", type=int, nargs="+", default=[2, 4, 8, 16, 32, 64, 128, 256, 512])
-    parser.add_argument("--samples", type=int, nargs="+", default=[100, 300, 1000, 3000, 10_000, 30_000])
-    parser.add_argument("--dim", type=int, default=64, help="D of the figure against draws")
-    parser.add_argument("--repeats", type=int, default=20)
-    parser.add_argument("--results", type=Path, default=Path("results"))
+    parser.add_argument("--c", type=at_least(0, float), default=0.3, help="how far W is from the identity")
+    parser.add_argument("--dims", type=at_least(1), nargs="+", default=[2, 4, 8, 16, 32, 64, 128, 256, 512])
+    parser.add_argument("--samples", type=at_least(1), nargs="+", default=[100, 300, 1000, 3000, 10_000, 30_000])
+    parser.add_argument("--dim", type=at_least(1), default=64, help="D of the figure against draws")
+    parser.add_argument("--repeats", type=at_least(1), default=20)
+    parser.add_argument("--results", type=folder, default="results")
     a = parser.parse_args(argv)
-    if min(*a.dims, a.dim, *a.samples, a.repeats) < 1:
-        parser.error("dimensions, draws and repeats must be positive")
-    if not 0 <= a.c < math.inf:
-        parser.error("--c must be a finite number from 0 on")
     n = sorted(a.samples)[len(a.samples) * 2 // 3]
     by_samples, by_dimension = [], []
     with tqdm(total=len(PROPOSALS) * (1 + len(a.dims)), dynamic_ncols=True) as bar:
@@ -151,7 +146,6 @@ def main(argv=None):
                 rows += measure(D, a.c, name, samples, a.repeats)
                 bar.update()
     with one_line_errors(OSError):
-        a.results.mkdir(exist_ok=True)
         save_picture(a.results / "determinant.png", picture(by_samples, by_dimension))
         result = {"command": "python -m experiments.determinant", "machine": machine(), "repeats": a.repeats,
                   "by_samples": by_samples, "by_dimension": by_dimension}

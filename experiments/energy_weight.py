@@ -13,7 +13,7 @@ import argparse
 from pathlib import Path
 
 import train_mnist
-from experiments import machine, record
+from experiments import folder, machine, record
 from losses import OBJECTIVES
 from support.run import read_metrics
 from support.settings import PAPER
@@ -33,7 +33,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--epochs", default="2")
     parser.add_argument("--runs", type=Path, default=Path("runs"))
-    parser.add_argument("--results", type=Path, default=Path("results"))
+    parser.add_argument("--results", type=folder, default="results")
     a, flags = parser.parse_known_args(argv)
     # λE alone: Adam does not see λ
     OBJECTIVES["energy"] = lambda model, x, share, **_: model.energy(share(x)).mean()

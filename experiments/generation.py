@@ -18,7 +18,7 @@ import torch
 from matplotlib.figure import Figure
 
 from data import MNIST, dequantize, load_images
-from experiments import described
+from experiments import at_least, described, folder
 from experiments.trained import load_mnist
 from sampling import SamplingError, mala, tune
 from support.run import one_line_errors, save_picture
@@ -29,7 +29,8 @@ def experiment(a):
     s, pre, flow, model = load_mnist(a.run, train_set)
     torch.manual_seed(a.seed)
     x = torch.randn(a.chains, *flow.shape)
-    moments, columns, done, step_size = [10**k for k in range(1, 10) if 10**k < a.steps] + [a.steps], [x], 0, 1e-3
+    moments = [10**k for k in range(1, 9) if 10**k < a.steps - 1] + [a.steps]  # at least two steps apart
+    columns, done, step_size = [x], 0, 1e-3
     print(f"step {0:>8}  energy {flow.energy(x).mean():10.1f}")
     for step in moments:
         half = (step - done) // 2  # the first half adapts the step size, the second half keeps it
@@ -46,12 +47,13 @@ def experiment(a):
     pictures = [pre.inverse(z).detach() for z in columns] + list(exact.chunk(4))
     titles = ["noise", *(f"{step:,} steps" for step in moments), *["g⁻¹(u)"] * 4]
     figure = Figure(figsize=(len(titles) * 0.95, a.chains), layout="constrained")
-    for i, (axes_column, title, images) in enumerate(zip(figure.subplots(a.chains, len(titles)).T, titles, pictures)):
+    grid = figure.subplots(a.chains, len(titles), squeeze=False)
+    for axes_column, title, images in zip(grid.T, titles, pictures):
         for axes, image in zip(axes_column, images):
-            axes.imshow(image.view(train_set.shape[-2:]).clamp(0, 256).numpy(), cmap="gray", vmin=0, vmax=256)
+            pixels = image.view(train_set.shape[1:]).permute(1, 2, 0)  # (H, W, C)
+            axes.imshow(pixels.clamp(0, 256).numpy() / 256, cmap="gray", vmin=0, vmax=1)
             axes.axis("off")
         axes_column[0].set_title(title, fontsize="x-small")
-    a.results.mkdir(exist_ok=True)
     save_picture(a.results / f"generation-{s.arch}-{s.loss}.png", figure)
 
 
@@ -59,10 +61,10 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--run", type=Path, default=Path("runs/mnist-fc-ml"), help="directory of a trained model")
     parser.add_argument("--data", type=Path, default=MNIST)
-    parser.add_argument("--chains", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=10_000)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--results", type=Path, default=Path("results"))
+    parser.add_argument("--chains", type=at_least(1), default=8)
+    parser.add_argument("--steps", type=at_least(2), default=10_000)
+    parser.add_argument("--seed", type=at_least(0), default=0)
+    parser.add_argument("--results", type=folder, default="results")
     a = parser.parse_args(argv)
     with one_line_errors(SamplingError, ValueError):
         experiment(a)

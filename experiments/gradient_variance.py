@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 import losses
 from data import MNIST, TOYS, DataError, Toy, dequantize, load_images
-from experiments import machine, record
+from experiments import at_least, folder, machine, record
 from experiments.trained import load_mnist, load_toy
 from support.optimization import trainable
 from support.run import RunError, one_line_errors, read_checkpoint
@@ -52,7 +52,7 @@ def finished(directory, data):
     if config.get("data") in TOYS and "blocks" in config:
         toy = TOYS[config["data"]]()
         return load_toy(directory), lambda n: toy.points(n, "cpu"), Toy.smoothing, None
-    if "arch" not in config or not (config["map"] and config.get("sigma")):
+    if "arch" not in config or not (config.get("map") and config.get("sigma")):
         raise RunError(f"{directory} is no run of train_toy.py, nor one of train_mnist.py by score matching with noise")
     images = load_images(data)[0]
     s, pre, flow, _ = load_mnist(directory, images)
@@ -66,14 +66,12 @@ def finished(directory, data):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--run", type=Path, required=True, help="directory of a run of train_toy.py or train_mnist.py")
-    parser.add_argument("--batch-size", type=int, default=512)
-    parser.add_argument("--batches", type=int, default=200)
-    parser.add_argument("--xi", type=float, default=0.2)
+    parser.add_argument("--batch-size", type=at_least(1), default=512)
+    parser.add_argument("--batches", type=at_least(2), default=200)
+    parser.add_argument("--xi", type=at_least(1e-4, float), default=0.2)
     parser.add_argument("--data", type=Path, default=MNIST, help="the images of a run of train_mnist.py")
-    parser.add_argument("--results", type=Path, default=Path("results"))
+    parser.add_argument("--results", type=folder, default="results")
     a = parser.parse_args(argv)
-    if a.batch_size < 1 or a.batches < 2 or not a.xi > 0:
-        parser.error("it takes two batches, one point and a positive --xi")
     with one_line_errors(DataError, OSError):
         flow, draw, sigma, arch = finished(a.run, a.data)
         rows = {}
@@ -84,7 +82,6 @@ def main(argv=None):
             mean, variance = moments(lambda: loss(flow.energy, draw(a.batch_size), sigma, a.xi), trainable(flow),
                                      a.batches)
             rows[name] = {"mean": mean, "variance": variance}
-        a.results.mkdir(exist_ok=True)
         flags = " ".join(sys.argv[1:] if argv is None else argv)
         result = {"command": f"python -m experiments.gradient_variance {flags}", "machine": machine(),
                   "batch_size": a.batch_size, "batches": a.batches, "xi": a.xi, "rows": rows}

@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 
 from data import MNIST, dequantize, load_images
 from ebflow import EBFlow
-from experiments import described, record
+from experiments import at_least, described, folder, record
 from experiments.trained import load_mnist
 from sampling import SamplingError, impute, tune
 from support.run import one_line_errors, save_picture
@@ -56,11 +56,11 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--run", type=Path, default=Path("runs/mnist-fc-ml"), help="directory of a trained model")
     parser.add_argument("--data", type=Path, default=MNIST)
-    parser.add_argument("--digits", type=int, default=64, help="test images that the error is measured on")
-    parser.add_argument("--draws", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=1000, help="Langevin steps of burn-in, and again as many after it")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--results", type=Path, default=Path("results"))
+    parser.add_argument("--digits", type=at_least(1), default=64, help="test images that the error is measured on")
+    parser.add_argument("--draws", type=at_least(1), default=8)
+    parser.add_argument("--steps", type=at_least(1), default=1000, help="Langevin steps of burn-in, and after it")
+    parser.add_argument("--seed", type=at_least(0), default=0)
+    parser.add_argument("--results", type=folder, default="results")
     a = parser.parse_args(argv)
     with one_line_errors(SamplingError, ValueError):
         experiment(a)
@@ -87,11 +87,10 @@ def experiment(a):
         rows += [("truth", x), (name, seen), ("one draw", draws[0]), ("mean of draws", guess)]
     figure = Figure(figsize=(8, 6.6), layout="constrained")
     for axes, (name, pictures) in zip(figure.subplots(len(rows), 1), rows):
-        strip = pictures[:16].view(-1, *train_set.shape[-2:]).permute(1, 0, 2).flatten(1)
-        axes.imshow(strip.clamp(0, 256).numpy(), cmap="gray", vmin=0, vmax=256)
+        strip = pictures[:16].view(-1, *train_set.shape[1:]).permute(2, 0, 3, 1).flatten(1, 2)  # (H, 16 W, C)
+        axes.imshow(strip.clamp(0, 256).numpy() / 256, cmap="gray", vmin=0, vmax=1)
         axes.set(xticks=[], yticks=[])
         axes.set_ylabel(name, rotation=0, ha="right", va="center", fontsize="small")
-    a.results.mkdir(exist_ok=True)
     save_picture(a.results / f"imputation-{s.arch}-{s.loss}.png", figure)
     result = {"loss": s.loss, "arch": s.arch, "rmse": table, "digits": a.digits, "draws": a.draws, "steps": a.steps,
               "seed": a.seed, "command": f"python -m experiments.imputation --run {a.run}"}

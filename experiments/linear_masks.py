@@ -17,7 +17,6 @@ of fresh draws, beside the exact entropy. Source: Chao et al. (2023), the compar
 
 import argparse
 import math
-from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -28,7 +27,7 @@ from tqdm import tqdm
 import losses
 from data import gauss_legendre
 from ebflow import EBFlow
-from experiments import record
+from experiments import at_least, folder, record
 from layers import ActNorm, FullyConnected, SmoothLeakyReLU
 from support.run import save_picture
 
@@ -108,11 +107,11 @@ def train(masks, steps, batch_size, lr, seed, every, label):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=4000)
-    parser.add_argument("--batch-size", type=int, default=512)
+    parser.add_argument("--steps", type=at_least(1), default=4000)
+    parser.add_argument("--batch-size", type=at_least(1), default=512)
     parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--seeds", type=int, default=3, help="the number of seeds")
-    parser.add_argument("--results", type=Path, default=Path("results"))
+    parser.add_argument("--seeds", type=at_least(1), default=3, help="the number of seeds")
+    parser.add_argument("--results", type=folder, default="results")
     a = parser.parse_args(argv)
     torch.set_default_dtype(torch.float64)  # in float32 tanh is exactly ±1 for 7 % of the draws
     torch.manual_seed(0)
@@ -136,7 +135,6 @@ def main(argv=None):
     for axes, side in ((top, "bottom"), (bottom, "top")):
         axes.spines[side].set_visible(False)
         axes.grid(alpha=0.3)
-    a.results.mkdir(exist_ok=True)
     save_picture(a.results / "linear-masks.png", figure)
     result = {"entropy": floor, "entropy_se": error,
               "nll": {name: [run[-1] for run in runs] for name, runs in curves.items()},

@@ -15,7 +15,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 import train_mnist
-from experiments import machine, record
+from experiments import folder, machine, record
 from experiments.paper import PUBLISHED
 from losses import OBJECTIVES
 from support.run import read_metrics, save_picture
@@ -28,7 +28,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--arch", choices=list(TITLES), default="fc")
     parser.add_argument("--runs", type=Path, default=Path("runs"))
-    parser.add_argument("--results", type=Path, default=Path("results"))
+    parser.add_argument("--results", type=folder, default="results")
     a = parser.parse_args(argv)
 
     table = {}
@@ -55,7 +55,6 @@ def main(argv=None):
              ylim=(low - 0.1 * (high - low), high + (high - low)))
     axes.legend(fontsize="small", loc="upper right", ncols=2)
     axes.grid(alpha=0.3)
-    a.results.mkdir(exist_ok=True)
     save_picture(a.results / f"mnist-{a.arch}.png", figure)
     record(a.results / f"mnist-{a.arch}.json", table)
     for loss, row in table.items():

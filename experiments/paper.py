@@ -12,7 +12,7 @@ import argparse
 import json
 from pathlib import Path
 
-from experiments import machine, record
+from experiments import folder, intact, machine, record
 from support.run import RunError, one_line_errors, read_metrics
 from support.settings import PAPER
 
@@ -31,7 +31,7 @@ def read(directory, name):
             "command": f"{command} --epochs {last['epoch']} --seed {config['seed']}", "machine": name,
             "epochs": last["epoch"], "minutes": last["seconds"] / 60, "best_epoch": last["best_epoch"],
             "test_nll": last["test_nll"], "val_nll": [round(row["val_nll"], 1) for row in metrics]}
-    except (OSError, ValueError, KeyError, IndexError):
+    except (OSError, ValueError, LookupError, TypeError):
         raise RunError(f"{directory} is no finished run of train_mnist.py --paper") from None
 
 
@@ -50,11 +50,13 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("runs", type=Path, nargs="*", help="directories of runs of train_mnist.py --paper")
     parser.add_argument("--machine", default=machine(), help="what the runs were made on, in words")
-    parser.add_argument("--results", type=Path, default=Path("results"))
+    parser.add_argument("--results", type=folder, default="results")
     a = parser.parse_args(argv)
     with one_line_errors(OSError, ValueError):
         path = a.results / "paper.json"
-        before = json.loads(path.read_text())["runs"] if path.exists() else {}
+        with intact(path):
+            before = json.loads(path.read_text())["runs"] if path.exists() else {}
+            [(run["test_nll"], run["epochs"]) for run in before.values()]
         runs = before | dict(read(directory, a.machine) for directory in a.runs)
         runs = {cell: runs[cell] for cell in PAPER if cell in runs}
         record(path, {"command": "python -m experiments.paper", "runs": runs})

@@ -17,8 +17,8 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from data import MNIST, DataError, load_images
-from experiments import record, recorded
+from data import MNIST, DataError, digest, load_images
+from experiments import at_least, folder, record, recorded
 from experiments.rivals import reached, step_time, train
 from support import processes
 from support.run import one_line_errors, save_picture
@@ -81,23 +81,20 @@ def picture(runs):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--digits", type=int, nargs="+", default=[1, 2, 4], help="digits of an image: D = 784 n")
-    parser.add_argument("--every", type=int, default=20, help="steps between evaluations")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--digits", type=at_least(1), nargs="+", default=[1, 2, 4], help="n of an image: D = 784 n")
+    parser.add_argument("--every", type=at_least(1), default=20, help="steps between evaluations")
+    parser.add_argument("--seed", type=at_least(0), default=0)
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--data", type=Path, default=MNIST, help="directory of the IDX files")
-    parser.add_argument("--results", type=Path, default=Path("results"))
+    parser.add_argument("--results", type=folder, default="results")
     a = parser.parse_args(argv)
-    if min(a.every, *a.digits) < 1:
-        parser.error("--every and --digits must be positive")
     if a.every > (shortest := min(steps for _, steps, _ in METHODS.values())):
         parser.error(f"--every {a.every} is more than the {shortest} steps of the shortest run")
     with one_line_errors(DataError, OSError), processes.joined(a.device) as device:
         splits = load_images(a.data)
-        a.results.mkdir(exist_ok=True)
         path = a.results / f"race-{device.type}.json"
         result = recorded(path, command="python -m experiments.race", methods=METHODS, level=LEVEL,
-                          images=list(splits[0].shape), every=a.every, seed=a.seed)
+                          images=digest(splits), every=a.every, seed=a.seed)
         runs = result["runs"]
         for n in a.digits:
             for method, (lr, steps, flags) in METHODS.items():

@@ -33,9 +33,9 @@ from torch.nn.utils import get_total_norm
 from tqdm import tqdm
 
 import train_mnist
-from data import MNIST, DataError, dequantize, load_images
+from data import MNIST, DataError, dequantize, digest, load_images
 from ebflow import EBFlow
-from experiments import record, recorded
+from experiments import at_least, folder, record, recorded
 from experiments.speed import synchronize
 from layers import FullyConnected, LinearLayer
 from losses import OBJECTIVES
@@ -318,21 +318,18 @@ def picture(runs):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=1500, help="of every run")
-    parser.add_argument("--every", type=int, default=50, help="steps between evaluations")
-    parser.add_argument("--batch-size", type=int, help="of every run, instead of its own")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=at_least(1), default=1500, help="of every run")
+    parser.add_argument("--every", type=at_least(1), default=50, help="steps between evaluations")
+    parser.add_argument("--batch-size", type=at_least(1), help="of every run, instead of its own")
+    parser.add_argument("--seed", type=at_least(0), default=0)
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--data", type=Path, default=MNIST, help="directory of the IDX files")
-    parser.add_argument("--results", type=Path, default=Path("results"))
+    parser.add_argument("--results", type=folder, default="results")
     a = parser.parse_args(argv)
-    if min(a.steps, a.every, a.batch_size or 1) < 1:
-        parser.error("--steps, --every and --batch-size must be positive")
     with one_line_errors(DataError, OSError), processes.joined(a.device) as device:
         splits = load_images(a.data)
-        a.results.mkdir(exist_ok=True)
         path = a.results / "rivals.json"
-        result = recorded(path, command="python -m experiments.rivals", methods=METHODS, images=list(splits[0].shape),
+        result = recorded(path, command="python -m experiments.rivals", methods=METHODS, images=digest(splits),
                           device=str(device), steps=a.steps, every=a.every, batch_size=a.batch_size, seed=a.seed)
         flags = ["--seed", str(a.seed), *(["--batch-size", str(a.batch_size)] if a.batch_size else [])]
         for start in STARTS:

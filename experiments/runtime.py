@@ -29,7 +29,7 @@ from torch.utils.flop_counter import flop_registry
 from tqdm import tqdm
 
 from ebflow import cnn_flow, fc_flow
-from experiments import record, recorded
+from experiments import at_least, folder, record, recorded
 from experiments.speed import timed
 from losses import OBJECTIVES
 from support import processes, settings
@@ -49,7 +49,7 @@ FORMULAS = flop_registry | {
 
 
 class FlopCounter(TorchDispatchMode):
-    """Sums the formulas over what runs inside. torch's FlopCounterMode hooks modules, and fails on the ∇_x in a loss."""
+    """Sums the formulas of what runs inside. torch's FlopCounterMode hooks modules, and fails on the ∇_x in a loss."""
 
     def __init__(self, formulas=FORMULAS):
         super().__init__()
@@ -204,18 +204,15 @@ def main(argv=None):
     parser.add_argument("--channels", type=int, nargs="+", choices=[1, 3], default=[1, 3])
     parser.add_argument("--sides", type=int, nargs="+", default=[16, 24, 32, 48, 64], help="multiples of 4")
     parser.add_argument("--largest", type=int, default=4100, help="largest D, for lack of memory")
-    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--batch-size", type=at_least(1), default=32)
     parser.add_argument("--longest", type=float, default=10.0, help="seconds of a step that is timed")
     parser.add_argument("--seconds", type=float, default=8.0, help="for all steps of one size")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
-    parser.add_argument("--results", type=Path, default=Path("results"))
+    parser.add_argument("--results", type=folder, default="results")
     a = parser.parse_args(argv)
     if any(side < 4 or side % 4 for side in a.sides):
         parser.error("--sides must be multiples of 4: the convolutional flow squeezes twice")
-    if a.batch_size < 1:
-        parser.error("--batch-size must be positive")
     with one_line_errors(OSError), processes.joined(a.device) as device:
-        a.results.mkdir(exist_ok=True)
         path = a.results / f"runtime-{device.type}.json"
         result = recorded(path, command="python -m experiments.runtime", batch_size=a.batch_size)
         x = torch.randn(1024, 1024, device=device)

@@ -34,12 +34,16 @@ import train_mnist
 import train_toy
 from data import MNIST, TOYS, DataError, dequantize, load_images
 from ebflow import EBFlow, toy_flow
+from experiments import at_least
 from layers import Convolution
 from losses import OBJECTIVES
 from support import processes, settings
 from support.fast import Graphed, fast_products
 from support.optimization import trainable
 from support.run import one_line_errors
+
+
+KINDS = ["plain", "here", "compiled"]
 
 
 class Products(TorchDispatchMode):
@@ -65,7 +69,7 @@ class Products(TorchDispatchMode):
 
 
 def step_of_images(kind, arch, loss, images, batch_size, device):
-    """A step on random batches of the images: --normalize center, so that all objectives start alike.   -> () -> None"""
+    """A step on random batches of the images, which are centred for all objectives.   -> () -> None"""
     s = settings.parse(settings.Mnist, ["--arch", arch, "--loss", loss, "--batch-size", str(batch_size),
                                         *["--model-samples", str(batch_size)] * (loss == "sml"),
                                         "--normalize", "center", "--lr", "1e-8", *["--compile"] * (kind == "compiled")])
@@ -160,10 +164,10 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--arch", choices=["fc", "cnn", "glow", "toy"], default="fc")
     parser.add_argument("--losses", nargs="+", choices=OBJECTIVES, default=[*OBJECTIVES])
-    parser.add_argument("--kinds", nargs="+", choices=["plain", "here", "compiled"], default=["plain", "here", "compiled"])
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
     parser.add_argument("--shape", type=int, nargs=3, metavar=("C", "H", "W"), help="random images, in place of MNIST")
-    parser.add_argument("--batch-size", type=int, help="by default 100, for the toys 512")
-    parser.add_argument("--repeats", type=int, default=12, help="blocks of ten steps of each kind")
+    parser.add_argument("--batch-size", type=at_least(1), help="by default 100, for the toys 512")
+    parser.add_argument("--repeats", type=at_least(1), default=12, help="blocks of ten steps of each kind")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     a = parser.parse_args(argv)
     with one_line_errors(DataError), processes.joined(a.device) as device:

@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 
 import train_toy
 from data import TOYS
-from experiments import machine, record
+from experiments import folder, machine, record
 from experiments.trained import load_toy
 from losses import OBJECTIVES
 from support import plots
@@ -69,7 +69,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=3, choices=range(1, 6), help="the number of seeds")
     parser.add_argument("--runs", type=Path, default=Path("runs"))
-    parser.add_argument("--results", type=Path, default=Path("results"))
+    parser.add_argument("--results", type=folder, default="results")
     parser.add_argument("--compile", action="store_true", help="torch.compile the gradients, on a CPU")
     a = parser.parse_args(argv)
     figures, cells = {}, {}
@@ -90,7 +90,6 @@ def main(argv=None):
         for figure in ("kl", "fisher"):
             row[figure], row[f"{figure}_95"] = interval([r[f"test_{figure}"] for r in last])
         table.append(row)
-    a.results.mkdir(exist_ok=True)
     save_picture(a.results / "toys.png", grid(cells, {name: toy() for name, toy in TOYS.items()}, [*OBJECTIVES]))
     result = {"command": f"python -m experiments.toys --seeds {a.seeds}" + " --compile" * a.compile, "rows": table,
               "machine": machine()}

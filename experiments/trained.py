@@ -32,6 +32,6 @@ def load_toy(directory):
     try:
         flow = toy_flow(blocks=config["blocks"], width=config["width"])
         flow.load_state_dict(checkpoint["state"]["best"]["model"])
-    except (KeyError, RuntimeError):
+    except (KeyError, TypeError, RuntimeError):
         raise RunError(f"{directory} is no run of train_toy.py, or one of another version of this code") from None
     return flow

@@ -20,7 +20,6 @@ import math
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -30,7 +29,7 @@ from matplotlib.figure import Figure
 import losses
 import train_ebm
 from data import MNIST, read_idx
-from experiments import record, recorded
+from experiments import at_least, folder, record, recorded
 from sampling import SamplingError, alternate, effective_sample_size, log_weights
 from support import settings
 from support.optimization import cosine, trainable, update_average
@@ -120,7 +119,7 @@ def classifier(data):
 
 
 class Judge:
-    """Measures p_θ = exp(-E)/Z by a flow that adapts to it: `rounds` of Langevin steps and jumps, then weighted draws."""
+    """Measures p_θ = exp(-E)/Z by a flow that adapts to it in rounds of Langevin steps and jumps, and weighted draws."""
 
     def __init__(self, s, data, second, flow):
         self.s, self.data, self.second, self.flow = s, data, second, copy.deepcopy(flow)
@@ -230,21 +229,20 @@ def main(argv=None):
     parser.add_argument("--digits", type=int, nargs=2, default=[0, 1])
     parser.add_argument("--counts", type=int, nargs=2, default=[5000, 500], help="images of each digit")
     parser.add_argument("--components", type=int, default=16, help="dimensions of the data")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--seeds", type=at_least(0), nargs="+", default=[0, 1])
     parser.add_argument("--cells", nargs="+", choices=CELLS, default=[*CELLS])
-    parser.add_argument("--results", type=Path, default=Path("results"))
+    parser.add_argument("--results", type=folder, default="results")
     a, flags = parser.parse_known_args(argv)
     settings.parse(settings.Ebm, flags)
 
     with one_line_errors(SamplingError):
         data = Digits(a.digits, a.counts, a.components)
         path = a.results / "unbalanced.json"
-        a.results.mkdir(parents=True, exist_ok=True)
         result = recorded(path, command="python -m experiments.unbalanced", digits=a.digits, counts=a.counts,
                           components=a.components, flags=flags)
         with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
-            cells = [(cell, seed) for seed in a.seeds for cell in a.cells if f"{cell} seed {seed}" not in result["runs"]]
-            running = {pool.submit(run, *at, data, flags): at for at in cells}
+            running = {pool.submit(run, cell, seed, data, flags): (cell, seed) for seed in a.seeds for cell in a.cells
+                       if f"{cell} seed {seed}" not in result["runs"]}
             for done in as_completed(running):
                 cell, seed = running[done]
                 row, draws = done.result()

@@ -47,7 +47,7 @@ class Truth:
 
     @torch.no_grad()
     def figures(self, model, chains):
-        """log Z, held-out NLL and KL in nats, mode weights, their errors; log Z estimated by the flow, from both sides.   -> dict
+        """log Z, held-out NLL and KL in nats, mode weights, their errors; log Z by the flow, from both sides.   -> dict
 
         Every integral is divided by the same integral of the truth, whose value is known. P(k | x) is the truth's:
 

@@ -15,13 +15,23 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from sampling import SamplingError
+from support import STOPPED
 
 PICTURES = ("curves.png", "samples.png", "density.png", "mode_weights.png")
 KEPT = "the last checkpoint, if there is one, is kept"
+UNTRAINED = "no step was taken yet, so a setting of the model or of the objective is too small or too large"
+OTHER_VERSION = "the checkpoint is of another version of this code: start anew with --overwrite"
 
 
 class RunError(Exception):
     """Something that the user can put right. The message is one line and says how."""
+
+
+class State(dict):
+    """A dictionary from a checkpoint: a name that it lacks raises RunError."""
+
+    def __missing__(self, name):
+        raise RunError(OTHER_VERSION)
 
 
 class Run(contextlib.AbstractContextManager):
@@ -34,54 +44,75 @@ class Run(contextlib.AbstractContextManager):
     parts   what is saved beside numbers, and put back with --resume: anything with a state_dict
 
     `state` is what else was saved, {"epoch": -1} at the beginning, and `metrics` a list of rows. A singular weight or
-    lost chains inside become a RunError that names the step. Under torchrun only the first process writes.
-    Raises RunError where the directory holds a run that may not be replaced, or a checkpoint that does not fit.
+    lost chains inside become a RunError that names the step. Under torchrun only the first process writes. It locks the
+    directory, and a kill unlocks it.
+    Raises RunError where the directory is locked, or holds a run that may not be replaced or does not fit.
     """
 
     def __init__(self, s, remedy, parts, **data):
-        self.directory, self.config, self.remedy, self.parts = s.out, s.config() | data, f"{remedy}; {KEPT}", parts
-        self.state, self.metrics, self.at = {"epoch": -1}, [], "before the first step"
+        self.directory, self.config, self.remedy, self.parts = s.out, s.config() | data, remedy, parts
+        self.state, self.metrics, self.at = State(epoch=-1), [], "before the first step"
         self.first = not dist.is_initialized() or dist.get_rank() == 0  # of several processes
-        checkpoint = s.out / "checkpoint.pt"
-        try:
-            s.out.mkdir(parents=True, exist_ok=True)
-            exists = (s.out / "config.json").exists() or checkpoint.exists()
-        except OSError as error:
-            raise RunError(f"cannot write to {s.out}: {error}") from None
-        if s.resume and not exists:
-            raise RunError(f"nothing to resume: there is no {checkpoint}; start the run without --resume")
-        if s.resume and checkpoint.exists():  # else it was killed before its first checkpoint
-            self._restore(checkpoint)
-        elif exists and not s.resume and not s.overwrite:
-            raise RunError(f"{s.out} already holds a run: continue it with --resume, replace it with --overwrite, or "
-                           "name another --out")
-        if dist.is_initialized():
-            dist.barrier()  # all have looked before the first one writes
-        if self.first:
-            for name in ("checkpoint.pt", "metrics.jsonl", *PICTURES) if s.overwrite else ():
-                (s.out / name).unlink(missing_ok=True)
-            write(s.out / "config.json", (json.dumps(self.config, indent=2) + "\n").encode())
+        config, checkpoint, metrics = s.out / "config.json", s.out / "checkpoint.pt", s.out / "metrics.jsonl"
+        with contextlib.ExitStack() as stack:  # unlocks where anything fails
+            try:
+                s.out.mkdir(parents=True, exist_ok=True)
+                taken = [self.first and not lock(s.out, stack)]
+            except OSError as error:
+                raise RunError(f"cannot write to {s.out}: {error}") from None
+            if dist.is_initialized():
+                dist.broadcast_object_list(taken)
+            if taken[0]:
+                raise RunError(f"another process writes to {s.out}: wait until it has ended, or name another --out")
+            if s.resume and checkpoint.exists():
+                self._restore(checkpoint)
+            elif s.resume and config.exists():  # it was killed before its first checkpoint
+                self._compare(config, read_config(config))
+            elif s.resume:
+                raise RunError(f"nothing to resume: there is no {checkpoint}; start the run without --resume")
+            elif not s.overwrite and (config.exists() or checkpoint.exists() or metrics.exists()):
+                raise RunError(f"{s.out} already holds a run: continue it with --resume, replace it with --overwrite, "
+                               "or name another --out")
+            if dist.is_initialized():
+                dist.barrier()  # all have looked before the first one writes
+            if self.first:
+                for name in ("checkpoint.pt", "metrics.jsonl", *PICTURES) if s.overwrite else ():
+                    (s.out / name).unlink(missing_ok=True)
+                write(config, (json.dumps(self.config, indent=2) + "\n").encode())
+            self.unlock = stack.pop_all().close
         print(textwrap.fill(str(self.config).strip("{}").replace("'", ""), 120), flush=True)
 
-    def _restore(self, path):
-        checkpoint = read_checkpoint(path)
-        self.state, self.metrics, config = (checkpoint[name] for name in ("state", "metrics", "config"))
+    def _compare(self, path, config):
         free = {"epochs"} if self.config.get("schedule") == "steps" else set()  # which does not look at their number
         different = [f"{k} is {config.get(k)} there and {self.config.get(k)} here"
                      for k in sorted({*config, *self.config} - free) if config.get(k) != self.config.get(k)]
         if different:
             raise RunError(f"{path} belongs to other settings: " + ", ".join(different))
+
+    def _restore(self, path):
+        checkpoint = read_checkpoint(path)
+        self._compare(path, checkpoint["config"])
+        self.state, self.metrics = State(checkpoint["state"]), checkpoint["metrics"]
         try:
             for name, part in self.parts.items():
                 part.load_state_dict(self.state[name])
+            best = self.state.get("best", {"val_nll": 0.0, "model": {}})
+            numbers = [best["val_nll"], len(best["model"]), *(row["seconds"] for row in self.metrics)]
+            if None in numbers or len(numbers) != self.state["epoch"] + 3:  # a row for each epoch
+                raise ValueError
         except torch.OutOfMemoryError:
             raise
-        except (KeyError, ValueError, RuntimeError):  # of torch, when names or shapes differ
-            raise RunError("the checkpoint is of another version of this code: start anew with --overwrite") from None
+        except (KeyError, TypeError, ValueError, RuntimeError):  # of torch, when names or shapes differ
+            raise RunError(OTHER_VERSION) from None
 
     def __exit__(self, kind, error, traceback):
+        self.unlock()
         if isinstance(error, (torch.linalg.LinAlgError, SamplingError)):
-            raise RunError(f"{error}, {self.at}: {self.remedy}") from None
+            raise RunError(f"{error}, {self.at}: {self._remedy(self.at)}") from None
+
+    def _remedy(self, at):
+        """What to do about what happened there. Where no step was taken, the learning rate is not the cause."""
+        return f"{UNTRAINED if at in ('after epoch 0', 'at epoch 1, step 1') else self.remedy}; {KEPT}"
 
     def watch(self, epoch, batches):
         """The batches of an epoch, behind a progress bar if standard error is a terminal. Afterwards `means` holds the
@@ -103,7 +134,8 @@ class Run(contextlib.AbstractContextManager):
         recent = torch.stack(self.trace[first:]).cpu()  # (50, figures)
         for i in (~recent.isfinite().all(1)).nonzero()[:1, 0]:
             figures = ", ".join(f"{name} {value:g}" for name, value in zip(self.names, recent[i].tolist()))
-            raise RunError(f"not finite at epoch {epoch}, step {first + i + 1} ({figures}): {self.remedy}")
+            at = f"at epoch {epoch}, step {first + i + 1}"
+            raise RunError(f"not finite {at} ({figures}): {self._remedy(at)}")
         bar.set_postfix(loss=f"{recent[:, 0].mean():.4g}", refresh=False)
         bar.update(step - first)
 
@@ -118,7 +150,8 @@ class Run(contextlib.AbstractContextManager):
         Raises RunError where val_nll is a number, and not finite.
         """
         if row["val_nll"] is not None and not math.isfinite(row["val_nll"]):
-            raise RunError(f"the validation NLL is {row['val_nll']} after epoch {row['epoch']}: {self.remedy}")
+            at = f"after epoch {row['epoch']}"
+            raise RunError(f"the validation NLL is {row['val_nll']} {at}: {self._remedy(at)}")
         self.metrics.append(row)
         line = f"epoch {row['epoch']:4}" + ("" if row["val_nll"] is None else f"  val_nll {row['val_nll']:.2f}")
         for name in shown:
@@ -147,6 +180,20 @@ class Run(contextlib.AbstractContextManager):
             save_picture(self.directory / name, figure)
 
 
+def lock(directory, stack):
+    """Locks a directory until `stack` is closed or the process ends, even by a kill.   -> False where another has it"""
+    try:
+        import fcntl
+        descriptor = os.open(directory, os.O_RDONLY)
+        stack.callback(os.close, descriptor)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except (ImportError, OSError):  # Windows and some file systems have no locks
+        pass
+    return True
+
+
 def write(path, data):
     """Writes a file that appears under its name complete, or not at all (a kill, a full disk). Raises RunError."""
     temporary = path.with_name(f".{path.name}.part")
@@ -173,14 +220,24 @@ def read_metrics(directory):
     return [json.loads(line) for line in (Path(directory) / "metrics.jsonl").read_text().splitlines()]
 
 
+def read_config(path):
+    """What is in a config.json. Raises RunError where it is missing or damaged."""
+    try:
+        return dict(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise RunError(f"{path} is damaged ({error}): start anew with --overwrite") from None
+
+
 def read_checkpoint(path):
     """What `Run.save` wrote: config, state and metrics. Raises RunError where the file is missing or damaged."""
     try:
+        if not path.is_file():  # a pipe would wait for someone to write
+            raise FileNotFoundError("there is no such file")
         with zipfile.ZipFile(path) as archive:
             if archive.testzip() is not None:  # checksums, which torch.load does not look at
                 raise zipfile.BadZipFile
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)  # data only, never code
-        return {name: checkpoint[name] for name in ("config", "state", "metrics")}
+        return {name: kind(checkpoint[name]) for name, kind in (("config", dict), ("state", dict), ("metrics", list))}
     except OSError as error:
         raise RunError(f"cannot read {path}: {error}") from None
     except Exception as error:  # torch raises many kinds for a damaged file
@@ -189,10 +246,13 @@ def read_checkpoint(path):
 
 @contextlib.contextmanager
 def one_line_errors(*kinds):
-    """Turns RunError, `kinds` and lack of memory into one line and exit status 1, and Ctrl-C into exit status 130."""
+    """Turns RunError, OSError, `kinds` and lack of memory into one line and exit status 1, Ctrl-C into status 130."""
     try:
         yield
-    except (RunError, *kinds) as error:
+        print(end="", flush=True)
+    except (RunError, OSError, *kinds) as error:
+        if isinstance(error, OSError):  # perhaps of a full standard output, which Python would flush again at the end
+            sys.stdout = None
         sys.exit("error: " + " ".join(str(error).split()))
     except (RuntimeError, MemoryError) as error:
         on_cpu = "can't allocate memory" in str(error)
@@ -200,5 +260,5 @@ def one_line_errors(*kinds):
             raise
         sys.exit("error: not enough memory for these sizes: take smaller batches or a smaller model; " + KEPT)
     except KeyboardInterrupt:
-        print("\nstopped: what was written is kept; a training run continues with --resume", file=sys.stderr)
+        print(STOPPED, file=sys.stderr)
         sys.exit(130)

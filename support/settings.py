@@ -17,20 +17,21 @@ from losses import OBJECTIVES
 def setting(default, help, choices=None, of=(), decides=True, **limits):
     """A field of a settings class. `of` names the objectives, architectures, … that have it (none: all do).
 
-    limits: above, least, below, most. What does not `decide` the result is left out of config.json.
+    limits: above, least, below, most, other. What does not `decide` the result is left out of config.json.
     """
     return field(default=default, metadata=dict(help=help, choices=choices, of=of, decides=decides, limits=limits))
 
 
 LIMITS = {"above": (operator.gt, "above"), "least": (operator.ge, "at least"),
-          "below": (operator.lt, "below"), "most": (operator.le, "at most")}
+          "below": (operator.lt, "below"), "most": (operator.le, "at most"), "other": (operator.ne, "other than")}
+SIZE = dict(above=0, most=10**6)  # what is larger is a slip of the pen, and would fill the memory before it fails
 
 
 @dataclass
 class Settings:
     """What all three scripts have."""
     epochs: int = setting(20, "epochs; the model is evaluated after each", above=0)
-    batch_size: int = setting(100, "samples in a step", above=0)
+    batch_size: int = setting(100, "samples in a step", **SIZE)
     lr: float = setting(1e-4, "highest learning rate", above=0)
     seed: int = setting(0, "start of all random numbers", least=0, below=2**32)
     device: str = setting("auto", "auto takes a GPU if torch sees one", choices=("auto", "cpu", "cuda"), decides=False)
@@ -64,26 +65,26 @@ class Mnist(Settings):
                             choices=("cosine", "steps"))
     decay: float = setting(0.95, "factor after each of the first 49 epochs", above=0, most=1, of=("steps",))
     clip: float = setting(0.0, "largest norm of the gradient; 0: any", least=0)
-    s: float = setting(1.0, "scale of the logits: z = logit(x / 256) / s", above=0)
+    s: float = setting(1.0, "scale of the logits: z = logit(x / 256) / s", least=0.01, most=100)
     normalize: str = setting("center", "ours: raw logits; mean 0; mean 0 and variance 1; mean 0 and covariance I",
                              choices=("none", "center", "scale", "whiten"))
-    diagonal: float = setting(1.0, "weights start at diagonal · I", of=("fc", "cnn"))
+    diagonal: float = setting(1.0, "weights start at diagonal · I", least=-100, most=100, other=0, of=("fc", "cnn"))
     bias: float = setting(0.0, "biases start at this; of a CNN at random, this times Xavier's deviation", least=0,
-                          of=("fc", "cnn"))
+                          most=100, of=("fc", "cnn"))
     bend: float = setting(0.0, "ours: the activation bends at -bend and is 0 at 0; None in --paper",
-                          of=("fc", "cnn"))
+                          least=-1000, most=1000, of=("fc", "cnn"))
     actnorm: str = setting("none", "last layer: none, a trained actnorm, (ours) one that tracks its input's moments; "
                            "held: it and all others stay at the start's moments",
                            choices=("none", "trained", "moments", "held"))
-    width: int = setting(32, "channels of the couplings' networks; 512 as published", above=0, of=("glow",))
-    depth: int = setting(4, "steps of a block; 16 as published", above=0, of=("glow",))
+    width: int = setting(32, "channels of the couplings' networks; 512 as published", **SIZE, of=("glow",))
+    depth: int = setting(4, "steps of a block; 16 as published", above=0, most=1000, of=("glow",))
     floor: float = setting(0.0, "ours: smallest scale of a coupling; 0: none", least=0, below=1, of=("glow",))
     coupling: str = setting("sigmoid", "scale of a coupling, see layers.py; with tanh, networks have LeakyReLU, too",
                             choices=("sigmoid", "tanh"), of=("glow",))
-    model_samples: int = setting(100, "samples of the model in a step", above=0, of=("sml",))
+    model_samples: int = setting(100, "samples of the model in a step", **SIZE, of=("sml",))
     sigma: float = setting(0.4, "noise on the data: dsm's σ; ours: added for ssm and fdssm, too", least=0,
-                           of=("ssm", "dsm", "fdssm"))
-    xi: float = setting(1.0, "length ξ of the finite difference", least=1e-3, of=("fdssm",))
+                           most=1000, of=("ssm", "dsm", "fdssm"))
+    xi: float = setting(1.0, "length ξ of the finite difference", least=1e-3, most=1000, of=("fdssm",))
     energy_weight: float = setting(0.0, "λ of an added λ E(z); published for Glow", least=0,
                                    of=("ssm", "dsm", "fdssm"))
     compile: bool = setting(False, "torch.compile the gradient, on a CPU", decides=False)
@@ -144,17 +145,18 @@ class Toy(Settings):
     NAME = "toy-{data}-{loss}"
     loss: str = setting("dsm", "objective, see losses.py", choices=OBJECTIVES)
     data: str = setting("swirl", "density, see data.py", choices=("sine", "swirl", "checkerboard"))
-    steps: int = setting(250, "steps of an epoch", above=0)
-    batch_size: int = setting(512, "fresh points in a step", above=0)
+    steps: int = setting(250, "steps of an epoch", **SIZE)
+    batch_size: int = setting(512, "fresh points in a step", **SIZE)
     lr: float = setting(3e-3, "highest learning rate", above=0)
     plateau: float = setting(0.0, "fraction of the run at the highest learning rate", least=0, below=1)
-    blocks: int = setting(10, "blocks of the flow", above=0)
-    width: int = setting(64, "units in the couplings' networks", above=0)
-    start_smoothing: float = setting(2.0, "ours: noise on the points at the start; it falls to 0.375", least=0.375)
+    blocks: int = setting(10, "blocks of the flow", above=0, most=1000)
+    width: int = setting(64, "units in the couplings' networks", **SIZE)
+    start_smoothing: float = setting(2.0, "ours: noise on the points at the start; it falls to 0.375", least=0.375,
+                                     most=100)
     anneal: float = setting(0.5, "ours: fraction of the run in which it falls", above=0, most=1)
-    model_samples: int = setting(512, "samples of the model in a step", above=0, of=("sml",))
-    xi: float = setting(0.2, "length ξ of the finite difference", least=1e-3, of=("fdssm",))
-    test_points: int = setting(20_000, "points that the final figures are means over", above=3)
+    model_samples: int = setting(512, "samples of the model in a step", **SIZE, of=("sml",))
+    xi: float = setting(0.2, "length ξ of the finite difference", least=1e-3, most=1000, of=("fdssm",))
+    test_points: int = setting(20_000, "points that the final figures are means over", least=8, most=10**6)
     compile: bool = setting(False, "torch.compile the gradient, on a CPU", decides=False)
 
     def recipe(self):
@@ -181,31 +183,33 @@ MIXTURES = ("mixture", "gmm40")
 class Ebm(Settings):
     """train_ebm.py"""
     NAME = "ebm-{data}-d{dim}-{sampler}"
-    data: str = setting("mixture", "density, see data.py", choices=("mixture", "gmm40", "sine", "swirl", "checkerboard"))
-    dim: int = setting(2, "dimension of the mixture or of gmm40", least=2)
+    data: str = setting("mixture", "density, see data.py",
+                        choices=("mixture", "gmm40", "sine", "swirl", "checkerboard"))
+    dim: int = setting(2, "dimension of the mixture or of gmm40", least=2, most=4096)
     weights: shares = setting((0.1, 0.2, 0.3, 0.4), "of the modes, as in 1,2,3,4", of=("mixture",))
     distance: float = setting(10.0, "between neighbouring modes, in standard deviations", above=0, of=("mixture",))
     sampler: str = setting("flow", "chains with jumps by a flow, without, with swaps between temperatures, or short "
                            "ones from noise", choices=("flow", "langevin", "tempering", "short"))
     start: str = setting("equal", "chains in each mode at the start: equally many, or as many as data", of=MIXTURES,
                          choices=("equal", "data"))
-    replicas: int = setting(8, "temperatures, from 1 to --hottest in equal ratios", least=2, of=("tempering",))
+    replicas: int = setting(8, "temperatures, from 1 to --hottest in equal ratios", least=2, most=1000,
+                            of=("tempering",))
     hottest: float = setting(10.0, "highest temperature", above=1, of=("tempering",))
     base: str = setting("gaussian", "the density that exp(-f) tilts: none, or one fitted to the data",
                         choices=("none", "gaussian", "flow"))
     adjusted: bool = setting(True, "accept or reject Langevin steps (Metropolis)", of=("flow", "langevin", "short"))
-    steps: int = setting(50, "updates of θ and of α in an epoch", above=0)
-    chains: int = setting(1000, "Markov chains", above=0)
-    batch_size: int = setting(1000, "fresh data in a step", above=0)
-    local_steps: int = setting(5, "Langevin steps before each jump", above=0)
+    steps: int = setting(50, "updates of θ and of α in an epoch", **SIZE)
+    chains: int = setting(1000, "Markov chains", **SIZE)
+    batch_size: int = setting(1000, "fresh data in a step", **SIZE)
+    local_steps: int = setting(5, "Langevin steps before each jump", **SIZE)
     step_size: float = setting(0.3, "of Langevin at the start; it adapts to accept 57.4 percent", above=0)
     lr: float = setting(2e-3, "highest learning rate of the energy θ", above=0)
     flow_lr: float = setting(2e-3, "highest learning rate of the flow α", above=0)
-    energy_width: int = setting(128, "units of the energy's network", above=0)
-    blocks: int = setting(6, "blocks of the flow", above=0)
-    width: int = setting(64, "units in the couplings' networks", above=0)
+    energy_width: int = setting(128, "units of the energy's network", **SIZE)
+    blocks: int = setting(6, "blocks of the flow", above=0, most=1000)
+    width: int = setting(64, "units in the couplings' networks", **SIZE)
     start_steps: int = setting(300, "steps in which the flow is fitted to the data first", least=0)
-    test_points: int = setting(20_000, "points of each evaluation; five times as many at the end", above=3)
+    test_points: int = setting(20_000, "points of each evaluation; five times as many at the end", least=8, most=10**6)
     mixing_rounds: int = setting(300, "rounds of the chains at the end, in which crossings are counted", above=0)
 
     def recipe(self):
@@ -243,8 +247,10 @@ def parse(kind, argv=None):
         if isinstance(value, float) and not math.isfinite(value):
             parser.error(f"{flag} must be a finite number, not {value}")
         for limit, bound in f.metadata["limits"].items():
-            if not LIMITS[limit][0](value, bound):
+            if value is not None and not LIMITS[limit][0](value, bound):
                 parser.error(f"{flag} must be {LIMITS[limit][1]} {bound}, not {value}")
+    if s.out == Path():
+        parser.error("--out must be a directory of its own, not the working directory")
     if s.resume and s.overwrite:
         parser.error("--resume and --overwrite exclude each other")
     return replace(s, out=s.out or Path("runs") / name)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from data import DataError, dequantize, load_images, read_idx
+from data import DataError, dequantize, digest, load_images, read_idx
 
 MNIST = Path(__file__).parent.parent / "mnist"
 
@@ -28,6 +28,24 @@ def small_data_set(directory, n=300, test=40, size=4):
         images = (shade + torch.randint(0, 56, (count, size, size), generator=generator)).to(torch.uint8)
         write_idx(directory / f"{name}-images-idx3-ubyte.gz", images)
     return directory
+
+
+def one_pixel_brighter(directory):
+    """The same data set but for the last pixel of the last test image."""
+    path = small_data_set(directory) / "t10k-images-idx3-ubyte.gz"
+    images = read_idx(path)
+    images[-1, -1, -1] += 1
+    write_idx(path, images)
+    return directory
+
+
+def test_a_data_set_is_known_by_every_pixel_of_its_three_splits(tmp_path):
+    splits = load_images(small_data_set(tmp_path))
+    found = {digest(splits)}
+    for split in splits:
+        split[-1, -1, -1, -1] += 1
+        found.add(digest(splits))
+    assert len(found) == 4
 
 
 def test_mnist_is_what_everybody_knows_it_to_be():

@@ -44,7 +44,9 @@ def test_the_logit_of_the_darkest_and_the_brightest_pixel_is_finite():
     x = torch.tensor([[0.0, 1.0, (255 + 1 - 2**-24) / 256]])
     z, log_slope = logit(x)
     assert z.isfinite().all() and log_slope.isfinite().all()
+    assert z[0, 0].item() == pytest.approx(math.log(1e-6), abs=1e-5)  # the paper's ε
     torch.testing.assert_close(logit.inverse(z), x, rtol=0, atol=1e-6)
+    torch.testing.assert_close(logit.inverse(logit(x.double())[0]), x.double(), rtol=0, atol=1e-12)
     for noisy, end in ((-0.01, 0.0), (1.01, 1.0)):  # where the noise of dsm puts it without MaP
         for a, b in zip(logit(torch.full((1, 1), noisy)), logit(torch.full((1, 1), end))):
             assert torch.equal(a, b)
@@ -146,6 +148,16 @@ def test_the_biases_of_a_cnn_start_at_random_at_a_fraction_of_xaviers_deviation(
     assert all((layer.bias == 0).all() for layer in ebflow.cnn_flow(bias=0.0).layers if isinstance(layer, Convolution))
 
 
+def test_the_weights_of_fc_and_cnn_start_at_the_diagonal_and_the_biases_of_fc_at_their_value():
+    flow = ebflow.fc_flow(3, diagonal=-2.0, bias=0.5)
+    for layer in flow.layers[::2]:
+        assert torch.equal(layer.weight, -2 * torch.eye(3)) and torch.equal(layer.bias, torch.full((3,), 0.5))
+    flow, x = ebflow.cnn_flow((1, 4, 4), kernel_size=3, blocks=2, diagonal=-2.0, bias=0.0), torch.randn(2, 1, 4, 4)
+    torch.testing.assert_close(flow.layers[0](x), -2 * x)
+    activations = [layer for layer in flow.layers if isinstance(layer, SmoothLeakyReLU)]
+    assert [layer.slope for layer in activations] == 3 * [1.3]  # α = 0.3, and x is added
+
+
 def test_a_glow_has_its_floor_in_every_coupling_and_draws_stay_finite():
     torch.manual_seed(0)
     flows = {floor: ebflow.glow_flow((1, 8, 8), width=4, depth=4, floor=floor) for floor in (0.0, 0.5)}
@@ -155,6 +167,18 @@ def test_a_glow_has_its_floor_in_every_coupling_and_draws_stay_finite():
         for m in couplings:
             torch.nn.init.constant_(m.network[-1].bias, -30.0)  # what an objective may leave where no datum is
     assert flows[0.5].sample(4).abs().max() < 1e6 < flows[0.0].sample(4).nan_to_num(math.inf).abs().max()
+
+
+def test_half_of_the_channels_of_a_glow_pass_to_the_prior_after_each_block_but_the_last():
+    flow = ebflow.glow_flow((1, 16, 16), width=2, depth=1, blocks=4)
+    active = [layer.channels if isinstance(layer, layers.Part) else layer.weight.shape[0]
+              for layer in flow.layers if isinstance(getattr(layer, "layer", layer), layers.Conv1x1)]
+    assert active == [4, 8, 16, 32] and flow.shapes[-1] == (256, 1, 1)
+    couplings = [m for m in flow.modules() if isinstance(m, layers.AffineCoupling)]
+    assert all((p == 0).all() for m in couplings for p in m.network[-1].parameters())  # all start at one scale, shift 0
+    part = layers.LinearPart(ActNorm(2), 2)
+    torch.nn.init.ones_(part.layer.log_scale)
+    assert part.log_abs_det((4, 3, 5)) == 2 * 15
 
 
 def test_actnorm_starts_from_its_data():
@@ -193,6 +217,8 @@ def test_samples_have_the_shape_the_dtype_and_the_law_of_the_model():
     assert x.shape == (200_000, 3) and x.dtype == torch.float64
     assert (x.mean(0) + torch.linalg.solve(W, flow.layers[0].bias.detach())).abs().max() < 0.03
     assert (torch.cov(x.T) - torch.linalg.inv(W.T @ W)).abs().max() < 0.05
+    draws = EBFlow([FullyConnected(3)], (3,)).double().sample(9)  # in float64 from the start
+    assert (draws != draws.float()).any()
     assert cnn_flow((1, 8, 8), kernel_size=3).sample(5).shape == (5, 1, 8, 8)
 
 
@@ -218,6 +244,9 @@ def test_determinants_are_computed_in_float64_to_evaluate_whatever_the_dtype(mak
             p.copy_(weight)
         assert found.dtype == torch.float64 and abs(found - exact.log_z()) < 1e-10
         assert flow.bfloat16().log_z().dtype == torch.float64
+        for layer, shape in ((layers.Conv1x1(3), (3, 2, 2)), (ActNorm(3), (3, 2, 2)), (layers.Standardize(3.0), (3,))):
+            found, exact = layer.log_abs_det(shape), layer.double().log_abs_det(shape)
+            assert found.dtype == torch.float64 and found.item() == pytest.approx(exact.item(), abs=1e-12)
         flow = fc_flow(300)  # a determinant of 10⁻⁶⁰⁰, outside the range of float64
         flow.layers[0].weight.mul_(0.01)
         torch.testing.assert_close(flow.log_z().item(), -300 * torch.tensor(0.01).double().log().item())
@@ -288,10 +317,11 @@ def test_a_singular_weight_is_an_error_that_names_the_layer():
     (lambda: EBFlow([layers.AffineCoupling(torch.nn.Linear(2, 2))], (4,))(torch.zeros(5, 4)),
      r"network of a coupling must map \(5, 2\) to \(5, 4\), not to \(5, 2\)"),
     (lambda: layers.AffineCoupling(None, floor=0.5, tanh=True), "floor must be 0 or .* with sigmoid"),
-    (lambda: Squeeze().output_shape((2, 4)), "even H, W"),
+    (lambda: Squeeze().output_shape((2, 4)), "even H, W"), (lambda: Squeeze().output_shape((1, 4, 3)), "even H, W"),
     (lambda: Convolution(1, 4), "odd"),
     (lambda: SmoothLeakyReLU(alpha=0.0), "alpha must lie in"),
-    (lambda: layers.Standardize(std=0.0), "positive"),
+    (lambda: layers.Standardize(std=0.0), "positive"), (lambda: layers.Standardize(torch.eye(2)), "positive"),
+    (lambda: ActNorm(4).initialize(torch.randn(1, 4), fraction=0.5), "constant channel"),
 ])
 def test_a_shape_or_setting_that_cannot_be_is_refused(make, message):
     with pytest.raises(ValueError, match=message):
@@ -393,9 +423,10 @@ def test_the_examples_in_the_docstrings_run(module):
 
 
 @pytest.mark.parametrize("channels, kernel_size, H, W",
-                         [(1, 7, 9, 5), (2, 3, 4, 3), (3, 5, 4, 6), (2, 1, 3, 2), (4, 7, 2, 2)])
+                         [(1, 7, 9, 5), (2, 3, 4, 3), (3, 5, 4, 6), (2, 1, 3, 2), (4, 7, 2, 2), (1, 7, 10, 4)])
 def test_a_convolution_is_a_product_with_its_matrix_and_the_elimination_by_rows_gives_its_determinant(
         channels, kernel_size, H, W):
+    """Where ⌊k/2⌋ does not divide H, as at 28 × 28 with k = 7, the last block of rows is smaller."""
     layer = Convolution(channels, kernel_size, diagonal=1.5, bias=0.2).double()
     torch.nn.init.normal_(layer.weight, std=0.3)
     x = torch.randn(4, channels, H, W, dtype=torch.float64)

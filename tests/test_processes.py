@@ -83,7 +83,7 @@ def two(tmp_path_factory):
                                env=os.environ | {"PYTHONPATH": str(ROOT)})
     for name, flags in runs.items():  # in the meantime
         train_mnist.main([*flags, "--out", str(folder / f"{name} by one")])
-    printed, errors = process.communicate()
+    printed, errors = process.communicate(timeout=180)
     return folder, subprocess.CompletedProcess(command, process.returncode, printed, errors)
 
 

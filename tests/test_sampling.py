@@ -392,7 +392,7 @@ def test_tempering_leaves_the_density_of_every_temperature_invariant():
 
 
 def test_a_swap_is_accepted_with_the_probability_that_balances_the_pair():
-    """At steps of almost no length only swaps move: α = min(1, exp((1 - 1/2)(E(x_1) - E(x_2)))) for temperatures 1, 2."""
+    """At steps of almost no length only swaps move: α = min(1, exp((1 - 1/2)(E(x_1) - E(x_2)))) at temperatures 1, 2"""
     energy = lambda x: 2.0 * x[:, 0]
     for low, high in ((0.3, 0.9), (0.9, 0.3)):
         x = torch.stack([torch.full((40_000, 1), low), torch.full((40_000, 1), high)])
@@ -503,7 +503,7 @@ def test_log_z_is_flagged_where_few_draws_carry_the_weight():
 
 
 def test_where_the_flow_misses_a_mode_only_the_estimate_from_the_chains_has_its_mass():
-    """q lies on one of two modes, of 84 % of the mass: log 0.84 = -0.17 is missing, and ESS and error do not show it."""
+    """q lies on one of two modes, with 84 % of the mass: log 0.84 = -0.17 is missing. ESS and error do not show it."""
     p = Mixture([0.84, 0.16], [[-6.0, 0.0], [6.0, 0.0]])
     flow = Proposal(Independent(Normal(torch.tensor([-6.0, 0.0]), 1.1), 1))
     estimate = estimate_log_z(p.energy, flow, 20_000)  # E is 3 - log p

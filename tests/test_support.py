@@ -1,21 +1,28 @@
 """The directory of a run, its bar, its errors of one line, and what is done to the parameters beside the step."""
 
+import copy
 import json
 import os
 import re
+import signal
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from conftest import checkpoint
 from ebflow import fc_flow
 from sampling import SamplingError
-from support import plots, run
+from support import STOPPED, plots, run
 from support.optimization import trainable, update_average
 from support.run import PICTURES, Run, RunError, one_line_errors, read_checkpoint, read_metrics, write
+
+ROOT = Path(__file__).parent.parent
 
 
 @dataclass
@@ -30,7 +37,10 @@ class Settings:
 
 
 def a_run(directory, remedy="lower --lr", parts=None, **settings):
-    return Run(Settings(directory, **settings), remedy, parts or {})
+    """Its directory is open to another run of the same test."""
+    one = Run(Settings(directory, **settings), remedy, parts or {})
+    one.unlock()
+    return one
 
 
 def train(run, losses, epoch=1):
@@ -56,8 +66,10 @@ def test_the_first_step_that_is_not_finite_is_named_with_what_it_had(tmp_path, b
     losses = [1.0] * (at - 1) + [bad] * (steps - at + 1)
     with pytest.raises(RunError) as error:
         train(a_run(tmp_path), losses)
-    figures = f"loss {bad:g}, grad_norm {2 * bad:g}"
-    assert str(error.value).startswith(f"not finite at epoch 1, step {at} ({figures}): lower --lr; the last checkpoint")
+    figures, remedy = f"loss {bad:g}, grad_norm {2 * bad:g}", "lower --lr; the last checkpoint"
+    if at == 1:  # no step was taken that a learning rate could have spoilt
+        remedy = "no step was taken yet, so a setting of the model or of the objective is too small or too large; the"
+    assert str(error.value).startswith(f"not finite at epoch 1, step {at} ({figures}): {remedy}")
 
 
 class HostReads(TorchDispatchMode):
@@ -89,6 +101,9 @@ def test_a_singular_weight_and_lost_chains_are_told_with_the_step_and_what_to_do
                 one.record({"loss": torch.zeros(())})
             raise error
         assert str(told.value).startswith(f"{error}, {where}: lower --lr; the last checkpoint")
+    with pytest.raises(RunError, match=f"{error}, at epoch 1, step 1: no step was taken"), a_run(tmp_path / "a") as one:
+        for _ in one.watch(1, range(3)):
+            raise error
     with pytest.raises(KeyError), a_run(tmp_path / "other"):  # everything else goes through
         raise KeyError
 
@@ -109,7 +124,7 @@ def test_a_checkpoint_puts_back_parts_state_and_metrics(tmp_path):
     part = torch.nn.Linear(2, 1)
     one = a_run(tmp_path, parts={"part": part})
     assert one.state == {"epoch": -1} and one.metrics == []
-    one.save({"epoch": 0, "val_nll": 1.0}, {"epoch": 0, "chains": torch.ones(3)})
+    one.save({"epoch": 0, "val_nll": 1.0, "seconds": 2.0}, {"epoch": 0, "chains": torch.ones(3)})
     other = torch.nn.Linear(2, 1)
     two = a_run(tmp_path, parts={"part": other}, resume=True)
     assert torch.equal(part.weight, other.weight) and torch.equal(two.state["chains"], torch.ones(3))
@@ -143,6 +158,59 @@ def test_a_directory_that_holds_a_run_is_neither_written_nor_read_without_being_
     assert {p.name for p in tmp_path.iterdir()} == {"config.json", "notes.txt"}
     with pytest.raises(RunError, match="nothing to resume: there is no .*checkpoint.pt; start the run without"):
         a_run(tmp_path / "empty", resume=True)
+    (tmp_path / "empty" / "metrics.jsonl").write_text("mine")  # without the settings that it belongs to
+    with pytest.raises(RunError, match="already holds a run"):
+        a_run(tmp_path / "empty")
+    assert (tmp_path / "empty" / "metrics.jsonl").read_text() == "mine"
+
+
+def test_settings_of_a_run_that_has_no_checkpoint_yet_are_not_replaced(tmp_path):
+    a_run(tmp_path)
+    with pytest.raises(RunError, match="config.json belongs to other settings: lr is 0.1 there and 0.5 here"):
+        a_run(tmp_path, lr=0.5, resume=True)
+    a_run(tmp_path, resume=True)
+    assert json.loads((tmp_path / "config.json").read_text()) == {"lr": 0.1}
+    for damaged in ("{", "3", ""):
+        (tmp_path / "config.json").write_text(damaged)
+        with pytest.raises(RunError, match="config.json is damaged .*: start anew with --overwrite"):
+            a_run(tmp_path, resume=True)
+
+
+def test_a_directory_has_one_run_at_a_time_and_a_kill_frees_it(tmp_path):
+    a_run(tmp_path).save({"epoch": 0, "val_nll": 1.0, "seconds": 2.0}, {"epoch": 0})
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    hold = "import fcntl, os, sys; fcntl.flock(os.open(sys.argv[1], 0), fcntl.LOCK_EX); print(flush=True); input()"
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    with subprocess.Popen([sys.executable, "-c", hold, tmp_path], **pipes) as other:
+        other.stdout.readline()
+        for how in ({}, {"resume": True}, {"overwrite": True}, {"overwrite": True, "lr": 0.2}):
+            with pytest.raises(RunError, match="another process writes to .*: wait until it has ended, or name"):
+                a_run(tmp_path, **how)
+        other.kill()
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+    with Run(Settings(tmp_path, resume=True), "", {}):
+        with pytest.raises(RunError, match="another process writes"):
+            a_run(tmp_path, resume=True)
+    with pytest.raises(RunError, match="belongs to other settings"):
+        a_run(tmp_path, resume=True, lr=0.2)
+    a_run(tmp_path, resume=True)  # the end of a run frees it, an error at its start, too
+
+
+def test_where_the_first_process_finds_a_lock_the_others_stop_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_rank", lambda: 1)
+    monkeypatch.setattr(dist, "broadcast_object_list", lambda said: said.__setitem__(0, True))
+    with pytest.raises(RunError, match="another process writes"):
+        a_run(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_checkpoint_is_written_before_the_metrics(tmp_path, monkeypatch):
+    """A kill between the two leaves no figures without the weights that they are of."""
+    names, one = [], a_run(tmp_path)
+    monkeypatch.setattr(run, "write", lambda path, data: names.append(path.name))
+    one.save({"epoch": 0, "val_nll": 1.0}, {"epoch": 0})
+    assert names == ["checkpoint.pt", "metrics.jsonl"]
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()], ids=repr)
@@ -187,6 +255,46 @@ def test_a_checkpoint_that_is_missing_or_no_checkpoint_is_an_error(tmp_path):
         read_checkpoint(tmp_path / "checkpoint.pt")
 
 
+def test_a_checkpoint_that_is_a_pipe_is_an_error_and_no_endless_wait(tmp_path):
+    def too_long(*_):
+        raise AssertionError("it waits")
+
+    os.mkfifo(tmp_path / "checkpoint.pt")
+    before = signal.signal(signal.SIGALRM, too_long)
+    signal.alarm(5)
+    try:
+        with pytest.raises(RunError, match="cannot read .*checkpoint.pt"):
+            read_checkpoint(tmp_path / "checkpoint.pt")
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+BEST = {"epoch": 1, "val_nll": 1.0, "model": {"weight": torch.ones(2)}}
+LACKING = {"no epoch": lambda c: c["state"].pop("epoch"), "no best": lambda c: c["state"].pop("best"),
+           "no model of the best": lambda c: c["state"]["best"].pop("model"), "no rows": lambda c: c["metrics"].clear(),
+           "no NLL of the best": lambda c: c["state"]["best"].pop("val_nll"), "one row": lambda c: c["metrics"].pop(),
+           "no seconds": lambda c: c["metrics"][1].pop("seconds"), "no part": lambda c: c["state"].pop("part"),
+           "config is None": lambda c: c.update(config=None), "state is None": lambda c: c.update(state=None),
+           "metrics are None": lambda c: c.update(metrics=None), "best is None": lambda c: c["state"].update(best=None),
+           "epoch is None": lambda c: c["state"].update(epoch=None),
+           "seconds are None": lambda c: c["metrics"][1].update(seconds=None),
+           "a row is None": lambda c: c["metrics"].__setitem__(0, None)}
+
+
+@pytest.mark.parametrize("change", LACKING.values(), ids=LACKING)
+def test_a_whole_checkpoint_that_lacks_something_is_an_error(tmp_path, change):
+    one = a_run(tmp_path, parts={"part": torch.nn.Linear(2, 1)})
+    for epoch in (0, 1):
+        one.save({"epoch": epoch, "val_nll": 1.0, "seconds": 2.0}, {"epoch": epoch, "best": copy.deepcopy(BEST)})
+    whole = checkpoint(tmp_path)
+    assert a_run(tmp_path, parts={"part": torch.nn.Linear(2, 1)}, resume=True).state["best"]["epoch"] == 1
+    change(whole)
+    torch.save(whole, tmp_path / "checkpoint.pt")
+    with pytest.raises(RunError, match="(of another version of this code|is damaged .*): start anew with --overwrite"):
+        a_run(tmp_path, parts={"part": torch.nn.Linear(2, 1)}, resume=True).state["best"]
+
+
 def test_a_checkpoint_of_another_version_is_an_error_and_lack_of_memory_is_not_taken_for_one(tmp_path):
     a_run(tmp_path, parts={"part": torch.nn.Linear(2, 1)}).save({"epoch": 0, "val_nll": 1.0}, {"epoch": 0})
     for parts in ({"part": torch.nn.Linear(3, 1)}, {"part": torch.nn.Bilinear(2, 2, 1)},
@@ -205,7 +313,8 @@ def test_a_checkpoint_of_another_version_is_an_error_and_lack_of_memory_is_not_t
 # ---- Errors of one line ----------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("error, code", [
-    (RunError("a\n  b"), "error: a b"), (KeyError("known"), "error: 'known'"),
+    (RunError("a\n  b"), "error: a b"), (OSError(5, "Input/output error"), "error: [Errno 5]"),
+    (KeyError("known"), "error: 'known'"),
     (MemoryError(), "error: not enough memory"), (torch.OutOfMemoryError(), "error: not enough memory"),
     (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), "error: not enough memory"),
     (KeyboardInterrupt(), 130)], ids=repr)
@@ -214,6 +323,28 @@ def test_what_the_user_can_put_right_is_one_line(capsys, error, code):
         raise error
     assert exit.value.code == code if code == 130 else exit.value.code.startswith(code) and "\n" not in exit.value.code
     assert ("--resume" in capsys.readouterr().err) == (code == 130)
+
+
+@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_is_one_line_before_torch_is_there_too(kind):
+    """The scripts import support first; balanced training does without."""
+    code = f"import signal; signal.signal(2, signal.default_int_handler); import support; signal.raise_signal({kind:d})"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode not in (0, 1) and done.stderr == STOPPED + "\n" and done.stdout == ""
+    for name in ("train_mnist.py", "train_toy.py", "experiments/__init__.py"):
+        text = (ROOT / name).read_text()
+        assert text.index("\nimport support") < text.index("\nimport torch")
+
+
+def test_a_full_standard_output_is_one_line(monkeypatch):
+    full = open("/dev/full", "w")
+    monkeypatch.setattr(sys, "stdout", full)
+    with pytest.raises(SystemExit) as exit, one_line_errors():
+        print("a table")
+    assert exit.value.code == "error: [Errno 28] No space left on device"
+    assert sys.stdout is None  # at the end, Python would try again
+    with pytest.raises(OSError):
+        full.close()
 
 
 @pytest.mark.parametrize("error", [RuntimeError("a bug"), ValueError("a bug"), KeyError("a bug")], ids=repr)
@@ -242,7 +373,7 @@ def test_the_moving_average_is_no_view_of_what_it_follows():
 
 def test_pictures_are_listed_where_overwrite_looks_for_them():
     """All that the scripts draw into the directory of a run."""
-    scripts = [(Path(run.__file__).parent.parent / f"train_{name}.py").read_text() for name in ("mnist", "toy", "ebm")]
+    scripts = [(ROOT / f"train_{name}.py").read_text() for name in ("mnist", "toy", "ebm")]
     assert {name for text in scripts for name in re.findall(r'run.picture\("([\w.]+)"', text)} == {*PICTURES}
 
 

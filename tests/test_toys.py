@@ -61,6 +61,27 @@ def test_a_large_sample_has_the_density_s_mean_covariance_and_entropy(toy):
         assert abs(values.mean() - (p * function(grid)).sum()) < 4 * values.std() / len(values) ** 0.5
 
 
+def test_the_moments_of_the_sine_are_those_of_its_formula():
+    """4 (t, sin 3t + n/4), t uniform on [-2, 2]: E[sin² 3t] = ½ - sin 12 / 24, E[t sin 3t] by parts."""
+    sine, noise = TOYS["sine"](), Toy.smoothing**2
+    x, cell = lattice()
+    p = sine.log_prob(x).exp() * cell
+    mixed = 16 * (-2 * math.cos(6) / 3 + math.sin(6) / 9) / 2
+    for function, exact in ((x[:, 0] ** 2, 16 * 4 / 3 + noise), (x[:, 0] * x[:, 1], mixed),
+                            (x[:, 1] ** 2, 16 * (0.5 - math.sin(12) / 24) + 1 + noise)):
+        assert (p * function).sum().item() == pytest.approx(exact, rel=1e-7)
+    t, s = sine.points(100_000, "cpu").T / 4
+    residual = 4 * (s - torch.sin(3 * t))
+    assert abs(residual.var() - 1) < 0.02 and abs(t.var() - 4 / 3) < 0.02 and t.abs().max() <= 2
+
+
+@pytest.mark.parametrize("density", [TOYS["sine"](), TOYS["checkerboard"](), mixture(2)],
+                         ids=["sine", "checkerboard", "mixture"])
+def test_a_log_density_in_float32_is_that_of_float64_rounded_once(density):
+    x = 3 * torch.randn(500, 2, dtype=torch.float32)
+    assert torch.equal(density.log_prob(x), density.log_prob(x.double()).float())
+
+
 @pytest.mark.parametrize("name", ["sine", "swirl"])
 def test_the_quadrature_is_exact_to_1e_9(name, monkeypatch):
     x = torch.cat([TOYS[name]().sample(200), 24 * torch.rand(50, 2) - 12])

@@ -13,6 +13,7 @@ import resource
 import signal
 import subprocess
 import sys
+import time
 import zipfile
 from pathlib import Path
 
@@ -33,7 +34,7 @@ from support.fast import fast_products
 from support.optimization import cosine, trainable, update_average
 from support.run import PICTURES, Run, RunError
 from support.run import read_metrics as rows
-from test_data import small_data_set, write_idx
+from test_data import one_pixel_brighter, small_data_set, write_idx
 from train_mnist import build, evaluate, main, make_step
 
 ROOT = Path(__file__).parent.parent
@@ -112,11 +113,15 @@ train_mnist.main(sys.argv[1:])
 
 
 @pytest.fixture(scope="module", autouse=True)
-def children(data, tmp_path_factory):
-    """The processes that three tests are about, started now, so that they run beside the other tests.
+def children_first(request):
+    """They run beside the other tests, if a test that was selected is about them."""
+    if any("children" in item.fixturenames for item in request.session.items):
+        request.getfixturevalue("children")
 
-    -> {name: (process, directory of its run)}
-    """
+
+@pytest.fixture(scope="module")
+def children(data, tmp_path_factory):
+    """The processes that three tests are about.   -> {name: (process, directory of its run)}"""
     started = {}
     for name in ("in the middle of an epoch", "while it writes", "memory"):
         out = tmp_path_factory.mktemp("child")
@@ -200,9 +205,10 @@ def test_every_switch_runs_and_changes_the_result(data, plain, tmp_path, no_pict
     assert rows(tmp_path)[-1]["test_nll"] != plain
 
 
-@pytest.mark.parametrize("flags", [[], ["--no-ema"]], ids=str)
+@pytest.mark.parametrize("flags, saves", [([], None), (["--no-ema"], None), ([], 2), ([], 3)], ids=str)
 def test_the_weights_of_the_best_epoch_are_a_copy_that_later_steps_leave_alone(data, tmp_path, no_pictures, monkeypatch,
-                                                                               flags):
+                                                                               flags, saves):
+    """Epoch 1 of 3 is made the best one, also in a run that is stopped then or later."""
     states = []
 
     def worse_and_worse(split, model, images):
@@ -210,13 +216,19 @@ def test_the_weights_of_the_best_epoch_are_a_copy_that_later_steps_leave_alone(d
         return {f"{split}_nll": float(len(states)), f"{split}_bpd": 0.0}
 
     monkeypatch.setattr(train_mnist, "evaluate", worse_and_worse)
-    main(arguments(data, tmp_path, "--epochs", "3", "--lr", "1e-2", *flags))
+    run = arguments(data, tmp_path, "--epochs", "3", "--lr", "1e-2", *flags)
+    if saves:
+        with monkeypatch.context() as patched, pytest.raises(SystemExit):
+            stop_after(patched, saves)
+            main(run)
+    main([*run, *["--resume"] * bool(saves)])
     assert len(states) == 5 and rows(tmp_path)[-1]["best_epoch"] == 1 and rows(tmp_path)[-1]["test_nll"] == 5.0
     _, first, second, _, tested = states
     assert not torch.equal(first["layers.4.weight"], second["layers.4.weight"])
     assert all(torch.equal(first[name], tested[name]) for name in first)
-    best = checkpoint(tmp_path)["state"]["best"]["model"]
-    assert all(torch.equal(first[name], best[name]) for name in first)
+    state = checkpoint(tmp_path)["state"]
+    assert all(torch.equal(first[name], state["best"]["model"][name]) for name in first)
+    assert not torch.equal(state["model"]["layers.4.weight"], state["averaged"]["layers.4.weight"])
 
 
 # ---- Other images ----------------------------------------------------------------------------------------------------
@@ -269,7 +281,7 @@ def test_a_run_that_is_killed_and_resumed_ends_exactly_like_an_undisturbed_one(d
     if moment in ("in the middle of an epoch", "while it writes"):
         process, tmp_path = children[moment]
         run = arguments(data, tmp_path, "--epochs", "12")
-        error = process.communicate()[1]
+        error = process.communicate(timeout=120)[1]
         assert process.returncode == -signal.SIGKILL, error
         assert (tmp_path / ".checkpoint.pt.part").exists() == (moment == "while it writes")
     else:
@@ -316,6 +328,18 @@ def test_the_time_of_a_resumed_run_goes_on_from_its_checkpoint(data, tmp_path, n
     torch.save(stopped, tmp_path / "checkpoint.pt")
     main(arguments(data, tmp_path, "--resume"))
     assert 1000 < rows(tmp_path)[-1]["seconds"] < 1100
+
+
+def test_the_batches_per_second_are_those_of_training_alone(data, tmp_path, no_pictures, monkeypatch):
+    def slow(split, *rest):
+        time.sleep(0.5)
+        return {f"{split}_nll": 1.0, f"{split}_bpd": 0.0}
+
+    monkeypatch.setattr(train_mnist, "evaluate", slow)
+    main(arguments(data, tmp_path, "--epochs", "1", "--actnorm", "none"))
+    start, last = rows(tmp_path)
+    assert start["batches_per_second"] is None and last["batches_per_second"] > 5 / 0.5
+    assert last["seconds"] > 1  # in which evaluation is
 
 
 def test_a_glow_with_its_last_actnorm_at_the_moments_resumes_exactly(data, tmp_path, no_pictures, monkeypatch):
@@ -369,14 +393,15 @@ def test_a_checkpoint_of_other_settings_or_other_data_is_refused(data, finished,
     out, _ = finished("dsm")
     line = fails(capsys, *arguments(data, out, "--epochs", "8", "--normalize", "center", "--resume", "--lr", "0.5"))
     assert "lr is 0.0001 there" in line and "0.5 here" in line
-    small_data_set(tmp_path, n=330)
+    one_pixel_brighter(tmp_path)
     assert "sha256" in fails(capsys, *arguments(tmp_path, out, "--epochs", "8", "--normalize", "center", "--resume"))
 
 
 def one_byte_changed(checkpoint):
     """In the middle of its largest tensor: those between the tensors mean nothing."""
     with zipfile.ZipFile(io.BytesIO(checkpoint)) as archive:
-        tensor = archive.read(max(archive.infolist(), key=lambda record: record.file_size))
+        tensors = [record for record in archive.infolist() if "/data/" in record.filename]
+        tensor = archive.read(max(tensors, key=lambda record: record.file_size))
     i = checkpoint.index(tensor) + len(tensor) // 2
     return checkpoint[:i] + bytes([checkpoint[i] ^ 255]) + checkpoint[i + 1:]
 
@@ -439,10 +464,12 @@ def test_a_full_disk_is_one_line_and_leaves_the_last_checkpoint_whole(data, tmp_
     assert (tmp_path / "checkpoint.pt").read_bytes() == before and not (tmp_path / ".checkpoint.pt.part").exists()
 
 
-def test_control_c_is_one_line_and_the_run_can_go_on(data, tmp_path, no_pictures, monkeypatch, capsys):
+@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
+def test_control_c_and_sigterm_are_one_line_and_the_run_can_go_on(data, tmp_path, no_pictures, monkeypatch, capsys,
+                                                                  kind):
     def pressed(averages, parameters, n):
         if n == 7:
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(kind)
 
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
     try:
@@ -461,7 +488,7 @@ def test_control_c_is_one_line_and_the_run_can_go_on(data, tmp_path, no_pictures
 def test_training_on_mnist_stays_under_one_and_a_half_gibibytes(children):
     """Up to the second step: what follows has the same sizes."""
     process, _ = children["memory"]
-    printed, error = process.communicate()
+    printed, error = process.communicate(timeout=120)
     assert process.returncode == 0, error
     assert int(re.search(r"VmHWM:\s*(\d+) kB", printed).group(1)) < 1.5 * 2**20
 
@@ -780,6 +807,13 @@ def test_a_glow_starts_with_every_actnorm_giving_mean_0_and_variance_1(images):
     assert len(outputs) == 5 and off(outputs) < 0.1
 
 
+def test_actnorms_start_from_images_with_the_noise_of_dequantisation():
+    """Dark images: without the noise every logit is near -14, with it they are spread."""
+    images = torch.randint(0, 2, (1000, 1, 4, 4), dtype=torch.uint8)
+    pre, flow = build(parse(*GLOW, "--loss", "ml", "--normalize", "none"), images)
+    assert off(actnorm_outputs(flow, pre(dequantize(images)))) < 0.2
+
+
 def test_the_couplings_of_a_glow_have_the_floor_of_its_settings(images):
     for flags, floor in ((["--loss", "ml"], 0.0), (["--loss", "dsm"], 0.5), (["--loss", "ml", "--floor", "0.3"], 0.3)):
         flow = build(parse(*GLOW, *flags), images)[1]
@@ -968,13 +1002,13 @@ def test_a_weight_that_is_singular_in_the_evaluation_is_one_line(data, tmp_path,
     (["--lr", "nan"], "--lr must be a finite number"), (["--lr", "0"], "--lr must be above 0"),
     (["--clip", "-1"], "--clip must be at least 0"), (["--clip", "inf"], "--clip must be a finite number"),
     (["--bend", "nan"], "--bend must be a finite number"), (["--epochs", "0"], "--epochs must be above 0"),
-    (["--epochs", "1.5"], "invalid int value"), (["--s", "0"], "--s must be above 0"),
+    (["--epochs", "1.5"], "invalid int value"), (["--s", "1e-320"], "--s must be at least 0.01, not 1e-320"),
     (["--weight-decay", "1"], "--weight-decay must be below 1"),
     (["--seed", "-1"], "--seed must be at least 0"), (["--seed", str(2**32)], "--seed must be below 4294967296"),
     (["--paper", "--decay", "-1"], "--decay must be above 0, not -1.0"),
     (["--paper", "--decay", "1e308"], "--decay must be at most 1, not 1e+308"),
     (["--arch", "glow", "--floor", "1"], "--floor must be below 1"),
-    (["--loss", "fdssm", "--xi", "0"], "--xi must be above 0"),
+    (["--loss", "fdssm", "--xi", "0"], "--xi must be at least 0.0001"),
     (["--loss", "sml", "--model-samples", "0"], "--model-samples must be above 0"),
     (["--resume", "--overwrite"], "exclude each other"), (["--batch-size", "1000"], "do not fill a batch"),
     (["--data", "/nowhere"], "no train-images-idx3-ubyte.gz"), (["--out", "/dev/null/run"], "cannot write to")])
