@@ -71,7 +71,7 @@ def train(s, device):
             # By default equally many chains start in each mode, which is wrong. The sampler has to correct that.
             chains = data.sample(s.chains, device, **({"equally": s.start == "equal"} if truth.modes else {}))
             T = ladder(s, device)
-            chains, step_size = chains.repeat(len(T), 1, 1), s.step_size * T  # (T, B, D), (T,)
+            chains, step_size = chains.repeat(len(T), 1, 1), s.step_size * T           # (T, B, D), (T,)
         else:
             chains, step_size = run.state["chains"].to(device), run.state["step_size"].to(device)
 

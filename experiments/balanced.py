@@ -189,7 +189,8 @@ def main(argv=None):
                               "runs": runs})
     save_picture(a.results / "ebm-weights.png", curves(runs))
     outs = {cell: a.runs / f"balanced-d2-{cell}-seed0" for cell in SHOWN}
-    if all((out / "checkpoint.pt").exists() and table[2, cell, 0].get("tv") is not None for cell, out in outs.items()):
+    drawn = [cell for cell in SHOWN if table.get((2, cell, 0), {}).get("tv") is not None]
+    if len(drawn) == len(SHOWN) and all((out / "checkpoint.pt").exists() for out in outs.values()):
         models = {cell: trained(out, 2) for cell, out in outs.items()}
         save_picture(a.results / "ebm-density.png", planes(models, {cell: table[2, cell, 0] for cell in SHOWN}))
     print("\n".join(rows(runs)))

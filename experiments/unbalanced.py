@@ -18,6 +18,7 @@ import argparse
 import copy
 import math
 import multiprocessing
+import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
 
@@ -47,7 +48,7 @@ CELLS = {
     "langevin, started like the data, the flow as base": "--sampler langevin --start data --base flow",
 }
 LOOKS = 6  # at the proportions while an energy is trained
-ROUNDS = 50, 300  # in which the judge adapts to p_θ, for a look and in the end
+ROUNDS = 25, 300  # in which the judge adapts to p_θ, for a look and in the end
 DRAWS = 40_000
 
 
@@ -119,12 +120,12 @@ def classifier(data):
 
 
 class Judge:
-    """Measures p_θ = exp(-E)/Z by a flow that adapts to it in rounds of Langevin steps and jumps, and weighted draws."""
+    """Measures p_θ = exp(-E)/Z: a flow adapts to it in rounds of Langevin steps and jumps, then draws are weighted."""
 
     def __init__(self, s, data, second, flow):
         self.s, self.data, self.second, self.flow = s, data, second, copy.deepcopy(flow)
         self.optimizer = torch.optim.Adam(self.flow.parameters(), lr=1e-3)
-        self.chains, self.step_size = data.sample(s.chains), torch.tensor(s.step_size)
+        self.chains, self.step_size = data.sample(s.chains // 2), torch.tensor(s.step_size)
 
     def __call__(self, energy, rounds):
         """-> dict: the share of the second digit and its error, held-out NLL, ESS; draws of p_θ (64, D)"""
@@ -149,6 +150,7 @@ class Judge:
 def run(cell, seed, data, flags):
     """Trains and judges one model.   -> dict for the table, 64 draws (64, D)"""
     torch.set_num_threads(1)
+    start = time.perf_counter()
     (second, accuracy), D = classifier(data), len(data.std)
     s = f"--dim {D} --seed {seed} --steps 600 --start-steps 600 {CELLS[cell]}".split()
     s = settings.parse(settings.Ebm, [*s, *flags])
@@ -158,7 +160,7 @@ def run(cell, seed, data, flags):
         torch.manual_seed(seed)
         flow = train_ebm.fit_flow(replace(s, start_steps=s.start_steps + s.steps), data, "cpu")
         row, draws = Judge(s, data, second, flow)(lambda x: -flow.log_prob(x), 0)
-        return row | {"looks": [], "accuracy": accuracy}, draws
+        return row | {"looks": [], "accuracy": accuracy, "seconds": time.perf_counter() - start}, draws
 
     model = train_ebm.make_model(s, data.sample(5000))
     train_ebm.start_from(s, model, flow)
@@ -178,7 +180,7 @@ def run(cell, seed, data, flags):
         chains, step_size, _ = train_ebm.step(s, model, chains, step_size, x, optimizer, flow_optimizer)
         update_average(trainable(averaged), trainable(model), n, m=0.99)
     row, draws = Judge(s, data, second, flow)(averaged.energy, ROUNDS[1])
-    return row | {"looks": looks, "accuracy": accuracy}, draws
+    return row | {"looks": looks, "accuracy": accuracy, "seconds": time.perf_counter() - start}, draws
 
 
 def rows(runs):
@@ -243,13 +245,18 @@ def main(argv=None):
         with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
             running = {pool.submit(run, cell, seed, data, flags): (cell, seed) for seed in a.seeds for cell in a.cells
                        if f"{cell} seed {seed}" not in result["runs"]}
-            for done in as_completed(running):
-                cell, seed = running[done]
-                row, draws = done.result()
-                row["draws"] = None if seed else [[round(number, 2) for number in x] for x in draws[:24].tolist()]
-                result["runs"][f"{cell} seed {seed}"] = row
-                record(path, result)
-                print(f"{cell}, seed {seed}: share {row['share']}, ESS {row['ess']:.1%}", flush=True)
+            try:
+                for done in as_completed(running):
+                    cell, seed = running[done]
+                    row, draws = done.result()
+                    row["draws"] = None if seed else [[round(number, 2) for number in x] for x in draws[:24].tolist()]
+                    result["runs"][f"{cell} seed {seed}"] = row
+                    record(path, result)
+                    print(f"{cell}, seed {seed}: share {row['share']}, ESS {row['ess']:.1%}", flush=True)
+            except BaseException:  # an error or Ctrl-C: do not wait for the others
+                for worker in multiprocessing.active_children():
+                    worker.terminate()
+                raise
         save_picture(a.results / "unbalanced.png", curves(result["runs"], data.share))
         save_picture(a.results / "unbalanced-draws.png", mosaic(result["runs"], data))
         print("\n".join(rows(result["runs"])))

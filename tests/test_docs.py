@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments import ablation, balanced, depth, energy_weight, paper, race, rivals, runtime, toys
+from experiments import ablation, balanced, depth, energy_weight, paper, race, rivals, runtime, toys, unbalanced
 from support import settings
 
 ROOT = Path(__file__).parent.parent
@@ -137,9 +137,10 @@ def test_the_tables_of_mnist_hold_the_recorded_numbers(arch, name):
     lambda: paper.rows(result("paper.json")["runs"], {a: result(f"mnist-{a}.json") for a in ("fc", "cnn", "glow")}),
     lambda: energy_weight.rows(result("energy-weight.json")["runs"]),
     lambda: balanced.rows(result("balanced.json")["runs"]),
+    lambda: unbalanced.rows(result("unbalanced.json")["runs"]),
     lambda: runtime.table([row for size in result("runtime-cpu.json")["runs"].values() for row in size]),
 ], ids=["toys", "depth", "rivals", "race on a CPU", "race on a GPU", "ablation of FC", "of the CNN", "paper",
-        "energy weight", "balanced", "runtime"])
+        "energy weight", "balanced", "unbalanced", "runtime"])
 def test_a_table_holds_the_recorded_numbers(rows):
     for row in rows():
         assert row in RESULTS

@@ -13,7 +13,7 @@ import torch
 import losses
 import train_ebm
 from conftest import assert_same_bits, checkpoint, failing, stop_after, timeless
-from data import TOYS, Mixture, mixture
+from data import TOYS, Mixture, gmm40, mixture
 from experiments import balanced
 from sampling import Report
 from support import plots, settings
@@ -268,7 +268,55 @@ def test_the_swirl_can_be_learnt_too():
     assert chains.shape == (1, 48, 2) and all(figure.isfinite() for figure in figures.values())
 
 
+def test_with_tempering_theta_follows_the_chains_at_temperature_one_and_every_temperature_has_its_step_size(monkeypatch):
+    """The coldest replica teaches θ. Each step size goes to where Langevin accepts 57.4 % at its temperature."""
+    s, x = parse("--sampler", "tempering", "--replicas", "3", "--hottest", "4"), torch.randn(40, 2)
+    assert train_ebm.ladder(s, "cpu").tolist() == pytest.approx([1, 2, 4])
+    model, seen = make_model(s, x), []
+    rates, chains = torch.tensor([0.2, 0.574, 0.9]), torch.randn(3, 40, 2)
+    monkeypatch.setattr(train_ebm, "tempering", lambda *args: seen.append(args[2:]) or (
+        chains, Report(args[-1], rates[:, None].expand(3, 40), torch.full((2, 40), 0.5))))
+    expected = losses.sml(model.energy, x, chains[0])
+    moved, step_size, figures = step(s, model, chains, 0.1 * torch.tensor([1.0, 2.0, 4.0]), x, *optimizers(model, 0.1))
+    assert moved is chains and figures["loss"] == expected and figures["global_acceptance"] == 0.5
+    torch.testing.assert_close(step_size, torch.tensor([0.1, 0.2, 0.4]) * (0.05 * (rates - 0.574)).exp())
+    (temperatures, steps, sizes), = seen
+    assert temperatures.tolist() == pytest.approx([1, 2, 4]) and steps == 3 and sizes.tolist() == pytest.approx([.1, .2, .4])
+
+
 # ---- How it starts ---------------------------------------------------------------------------------------------------
+
+def test_weights_modes_and_distance_are_those_of_the_command_line_and_chains_start_as_asked(tmp_path, bare):
+    """Three modes, 1 : 1 : 2, 7 apart. Chains start equally often in each, or like the data, whatever the temperature."""
+    flags = ["--weights", "1,1,2", "--distance", "7", "--sampler", "tempering", "--chains", "3000", "--epochs", "1"]
+    data = train_ebm.density(parse(*flags[:4]))
+    assert data.weights.tolist() == [0.25, 0.25, 0.5]
+    torch.testing.assert_close(torch.pdist(data.means), torch.full((3,), 7.0, dtype=torch.float64))
+    for start, shares in (("equal", [1 / 3] * 3), ("data", [0.25, 0.25, 0.5])):
+        main(arguments(tmp_path / start, *flags, "--start", start))
+        first, state = read_metrics(tmp_path / start)[0], checkpoint(tmp_path / start)["state"]
+        assert first["chains"] == pytest.approx(shares, abs=0.03) and first["step_size"] == pytest.approx(0.3)
+        assert state["chains"].shape == (8, 3000, 2) and state["step_size"].shape == (8,)
+        assert state["step_size"][-1] > 3 * state["step_size"][0]  # steps at temperature 10 start 10 times as long
+
+
+@pytest.mark.parametrize("K, dim", [(2, 2), (4, 16), (5, 3)])
+def test_the_modes_are_the_corners_of_a_regular_polygon_with_sides_of_the_distance(K, dim):
+    means = mixture(dim, [1 / K] * K, 6.0).means
+    sides = (means - means.roll(1, 0)).norm(dim=1)
+    torch.testing.assert_close(sides, torch.full((K,), 6.0, dtype=torch.float64))
+    torch.testing.assert_close(means.norm(dim=1), means[0].norm().expand(K))
+    assert K != 4 or sorted(means[:, 0].sign().tolist()) == [-1, -1, 1, 1]  # sides along the two diagonals
+
+
+def test_gmm40_has_the_means_and_the_width_of_its_source():
+    p = gmm40()
+    torch.manual_seed(0)
+    torch.testing.assert_close(p.means.float(), (torch.rand(40, 2) - 0.5) * 2 * 40)
+    assert p.weights.tolist() == pytest.approx([1 / 40] * 40)
+    torch.testing.assert_close(p.std, torch.nn.functional.softplus(torch.ones(40, dtype=torch.float64)))
+    assert gmm40(5).means.shape == (40, 5)
+
 
 def test_a_base_that_is_the_flow_starts_there_and_is_held(tmp_path, bare):
     main(arguments(tmp_path, "--base", "flow", "--sampler", "langevin"))
@@ -578,6 +626,7 @@ def test_the_experiment_makes_its_table_and_figures_and_trains_nothing_twice(tmp
         patched.setattr(train_ebm, "fit_flow", None)
         balanced.main(["--dims", "2", *small])
     balanced.main(["--dims", "3", "--cells", "flow", "flow alone", *small])  # beside what is there
+    balanced.main(["--dims", "2", "--cells", "flow", *small, "--results", str(tmp_path / "elsewhere"), "--seeds", "1"])
     table = json.loads((tmp_path / "results" / "balanced.json").read_text())["runs"]
     assert {(row["dim"], row["cell"]) for row in table} == {
         *((2, cell) for cell in balanced.CELLS), (3, "flow"), (3, "flow alone")}
