@@ -201,16 +201,19 @@ def curves(runs, truth):
     """The share of the second digit against updates: in p_θ, and among the chains (thin)."""
     cells = [cell for cell in CELLS if cell != "flow alone"]
     figure = Figure(figsize=(9, 3.6), layout="constrained")
-    for axes, some in zip(figure.subplots(1, 2, sharey=True), (cells[:4], cells[4:])):
-        for i, cell in enumerate(some):
-            for row in (row for name, row in runs.items() if name.rsplit(" seed ")[0] == cell):
-                updates = [look["update"] for look in row["looks"]]
-                for key, style in (("chains", dict(lw=0.7, alpha=0.6)), ("share", dict(marker=".", label=cell))):
-                    known = [(n, look[key]) for n, look in zip(updates, row["looks"]) if look[key] is not None]
+    bases = {"Gaussian base": cells[:4], "the flow as base": cells[4:]}
+    for axes, (title, some) in zip(figure.subplots(1, 2, sharey=True), bases.items()):
+        for i, (cell, name) in enumerate(zip(some, cells[:4])):
+            axes.plot([], [], color=f"C{i}", label=name)
+            for row in (row for label, row in runs.items() if label.rsplit(" seed ")[0] == cell):
+                for key, style in (("chains", dict(lw=0.7, alpha=0.6)), ("share", dict(marker="."))):
+                    known = [(look["update"], look[key]) for look in row["looks"] if look[key] is not None]
                     axes.plot(*zip(*known), color=f"C{i}", **style)
         axes.axhline(truth, color="k", ls=":", label="data")
-        axes.set(xlabel="updates", ylim=(0, 1), title="Gaussian base" if some is cells[:4] else "the flow as base")
+        axes.set(xlabel="updates", ylim=(0, 1), title=title)
         axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+    figure.axes[0].set_ylabel("share of the second digit")
     return figure
 
 
@@ -218,7 +221,7 @@ def mosaic(runs, data):
     """A row of images for the data, and one for the draws of each model."""
     shown = {"data": data.sample(24)} | {cell: torch.tensor(runs[f"{cell} seed 0"]["draws"])
                                          for cell in CELLS if runs.get(f"{cell} seed 0", {}).get("draws")}
-    figure = Figure(figsize=(11, 0.42 * len(shown)), layout="constrained")
+    figure = Figure(figsize=(13, 0.42 * len(shown)), layout="constrained")
     for axes, (name, x) in zip(figure.subplots(len(shown), 1, squeeze=False)[:, 0], shown.items()):
         axes.imshow(data.decode(x).view(-1, 28, 28).transpose(0, 1).flatten(1).numpy(), cmap="gray", vmin=0, vmax=1)
         axes.set(xticks=[], yticks=[])

@@ -268,7 +268,7 @@ def test_the_swirl_can_be_learnt_too():
     assert chains.shape == (1, 48, 2) and all(figure.isfinite() for figure in figures.values())
 
 
-def test_with_tempering_theta_follows_the_chains_at_temperature_one_and_every_temperature_has_its_step_size(monkeypatch):
+def test_with_tempering_theta_follows_the_chains_at_temperature_one_and_each_temperature_has_its_step(monkeypatch):
     """The coldest replica teaches θ. Each step size goes to where Langevin accepts 57.4 % at its temperature."""
     s, x = parse("--sampler", "tempering", "--replicas", "3", "--hottest", "4"), torch.randn(40, 2)
     assert train_ebm.ladder(s, "cpu").tolist() == pytest.approx([1, 2, 4])
@@ -281,13 +281,14 @@ def test_with_tempering_theta_follows_the_chains_at_temperature_one_and_every_te
     assert moved is chains and figures["loss"] == expected and figures["global_acceptance"] == 0.5
     torch.testing.assert_close(step_size, torch.tensor([0.1, 0.2, 0.4]) * (0.05 * (rates - 0.574)).exp())
     (temperatures, steps, sizes), = seen
-    assert temperatures.tolist() == pytest.approx([1, 2, 4]) and steps == 3 and sizes.tolist() == pytest.approx([.1, .2, .4])
+    assert temperatures.tolist() == pytest.approx([1, 2, 4]) and steps == 3
+    assert sizes.tolist() == pytest.approx([0.1, 0.2, 0.4])
 
 
 # ---- How it starts ---------------------------------------------------------------------------------------------------
 
 def test_weights_modes_and_distance_are_those_of_the_command_line_and_chains_start_as_asked(tmp_path, bare):
-    """Three modes, 1 : 1 : 2, 7 apart. Chains start equally often in each, or like the data, whatever the temperature."""
+    """Three modes, 1 : 1 : 2, 7 apart. Chains start equally often in each, or like the data, at all temperatures."""
     flags = ["--weights", "1,1,2", "--distance", "7", "--sampler", "tempering", "--chains", "3000", "--epochs", "1"]
     data = train_ebm.density(parse(*flags[:4]))
     assert data.weights.tolist() == [0.25, 0.25, 0.5]

@@ -1008,7 +1008,7 @@ def test_a_weight_that_is_singular_in_the_evaluation_is_one_line(data, tmp_path,
     (["--paper", "--decay", "-1"], "--decay must be above 0, not -1.0"),
     (["--paper", "--decay", "1e308"], "--decay must be at most 1, not 1e+308"),
     (["--arch", "glow", "--floor", "1"], "--floor must be below 1"),
-    (["--loss", "fdssm", "--xi", "0"], "--xi must be at least 0.0001"),
+    (["--loss", "fdssm", "--xi", "0"], "--xi must be at least 0.001"),
     (["--loss", "sml", "--model-samples", "0"], "--model-samples must be above 0"),
     (["--resume", "--overwrite"], "exclude each other"), (["--batch-size", "1000"], "do not fill a batch"),
     (["--data", "/nowhere"], "no train-images-idx3-ubyte.gz"), (["--out", "/dev/null/run"], "cannot write to")])
