@@ -175,8 +175,8 @@ CHANGES = [
     # ---- sampling.py, data.py: mixtures, support/judge.py, train_ebm.py
     ("sampling.py", "(lambda x: energy(x) / T[t], x[t]", "(lambda x: energy(x), x[t]", "sampling tempering"),
     ("sampling.py", "_accept(E[t] / T[t] + E[t + 1] / T[t + 1], E[t + 1] / T[t] + E[t] / T[t + 1], 0, 0)",
-     "_accept(E[t] + E[t + 1] / T[t + 1], E[t + 1] / T[t] + E[t] / T[t + 1], 0, 0)", "sampling swap"),
-    ("sampling.py", "for state in (x, E):", "for state in (x,):", "sampling tempering"),
+     "_accept(E[t] + E[t + 1] / T[t + 1], E[t + 1] / T[t] + E[t] / T[t + 1], 0, 0)", "sampling tempering"),
+    ("sampling.py", "for state in (x, E):", "for state in (x,):", "sampling takes_its_energy"),
     ("sampling.py", "if _any(T[:1] != 1) or", "if", "sampling ladder"),
     ("sampling.py", "or _any(T.diff() <= 0)", "or _any(T.diff() < 0)", "sampling ladder"),
     ("sampling.py", "return torch.where(log_w.isfinite(), log_w, -math.inf)", "return log_w", "sampling overflows"),

@@ -307,7 +307,8 @@ def test_the_modes_are_the_corners_of_a_regular_polygon_with_sides_of_the_distan
     sides = (means - means.roll(1, 0)).norm(dim=1)
     torch.testing.assert_close(sides, torch.full((K,), 6.0, dtype=torch.float64))
     torch.testing.assert_close(means.norm(dim=1), means[0].norm().expand(K))
-    assert K != 4 or sorted(means[:, 0].sign().tolist()) == [-1, -1, 1, 1]  # sides along the two diagonals
+    if K == 4:  # sides along the two axes of the plane
+        torch.testing.assert_close(means[:, 0].abs(), means[0, 0].abs().expand(4))
 
 
 def test_gmm40_has_the_means_and_the_width_of_its_source():
@@ -416,7 +417,7 @@ def test_the_judge_s_own_errors_are_those_that_its_figures_scatter_with(monkeypa
         assert 0.7 < scatter / (sum(row[f"{name}_se"] for row in rows) / 60) < 1.4, name
     off = (torch.tensor([row["weights"] for row in rows]) - torch.tensor([0.4, 0.3, 0.2, 0.1])).abs().sum(1) / 2
     error = sum(row["tv_se"] for row in rows) / 60  # ½ Σ σ_k; of a normal error the mean magnitude is 0.8 σ
-    assert 0.6 < off.mean() / error < 1.0
+    assert 0.7 < off.mean() / error < 0.9
 
 
 def test_where_modes_overlap_a_point_counts_for_each_by_the_probability_that_it_came_from_there():
