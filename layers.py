@@ -318,8 +318,10 @@ def finite(value):
         return True
     try:
         return bool(value.isfinite())
-    except RuntimeError:  # vmap's: a branch cannot depend on a value
-        return True
+    except RuntimeError as error:
+        if "vmap" in str(error):  # there a branch cannot depend on a value
+            return True
+        raise
 
 
 def check_channels(layer, shape, channels, ranks):

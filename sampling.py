@@ -109,10 +109,10 @@ def independence(energy, flow, x):
     starts at a non-finite energy.
     """
     x_new = flow.sample(len(x)).to(x)
-    E = _energy(energy, x)
+    E = _per_sample(energy, x)
     _check_start(E)
-    log_forth, log_back = (_energy(flow.log_prob, to, "log_prob") for to in (x_new, x))
-    accept, _ = _accept(E, _energy(energy, x_new), log_forth, log_back)
+    log_forth, log_back = (_per_sample(flow.log_prob, to, "log_prob") for to in (x_new, x))
+    accept, _ = _accept(E, _per_sample(energy, x_new), log_forth, log_back)
     return _select(accept, x_new, x), accept
 
 
@@ -160,7 +160,7 @@ def tempering(energy, x, temperatures, steps, step_sizes):
     for t in range(n):
         x[t], accepted[t], _ = _mala(lambda x: energy(x) / T[t], x[t], steps, step_sizes[t])
     with torch.no_grad():
-        E = torch.stack([_energy(energy, replica) for replica in x])  # (n, B)
+        E = torch.stack([_per_sample(energy, replica) for replica in x])  # (n, B)
     swapped = torch.zeros_like(accepted[1:])
     for t in [*range(0, n - 1, 2), *range(1, n - 1, 2)]:
         accept, _ = _accept(E[t] / T[t] + E[t + 1] / T[t + 1], E[t + 1] / T[t] + E[t] / T[t + 1], 0, 0)
@@ -174,7 +174,7 @@ def tempering(energy, x, temperatures, steps, step_sizes):
 
 def log_weights(energy, flow, x):
     """log( exp(-E(x)) / q(x) ) for draws x of the flow q; -inf where a draw overflowed.   (n, …) -> (n,)"""
-    log_w = -_energy(energy, x) - _energy(flow.log_prob, x, "log_prob")
+    log_w = -_per_sample(energy, x) - _per_sample(flow.log_prob, x, "log_prob")
     return torch.where(log_w.isfinite(), log_w, -math.inf)
 
 
@@ -274,19 +274,20 @@ def _select(accept, new, old):
     return torch.where(accept.view(-1, *[1] * (old.dim() - 1)), new, old)
 
 
-def _energy(energy, x, name="energy"):
-    E = energy(x)
-    if E.shape != x.shape[:1]:  # (B, 1) would broadcast to (B, B)
+def _per_sample(function, x, name="energy"):
+    """The values of an energy or a log-density. Raises SamplingError unless they are (B,).   (B, …) -> (B,)"""
+    values = function(x)
+    if values.shape != x.shape[:1]:  # (B, 1) would broadcast to (B, B)
         raise SamplingError(f"the {name} must be one number for each sample, of shape ({len(x)},), "
-                            f"not {tuple(E.shape)}")
-    return E
+                            f"not {tuple(values.shape)}")
+    return values
 
 
 @torch.enable_grad()
 def _energy_and_grad(energy, x, where=None):
     """E(x) and ∇E(x), which is set to 0 at the coordinates that do not move.   (B, …) -> (B,), (B, …)"""
     x = x.detach().requires_grad_()
-    E = _energy(energy, x)
+    E = _per_sample(energy, x)
     grad, = torch.autograd.grad(E.sum(), x)
     return E.detach(), grad if where is None else torch.where(where, grad, 0.0)
 

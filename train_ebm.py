@@ -98,7 +98,7 @@ def train(s, device):
                 print(f"warning: {warning}", file=sys.stderr)
 
         truth = Truth(data, 5 * s.test_points, s.dim, device)  # also starts the random numbers of what follows
-        figures = {name.replace("val_", "test_"): value for name, value in truth.figures(averaged, chains[0]).items()}
+        figures = truth.figures(averaged, chains[0], "test")
         run.finish(figures | mixing(s, lambda x: move(s, averaged, x, step_size), chains, truth))
         if figures["test_nll"] is None:
             print("warning: no Z, NLL, KL or weights: p_θ lies elsewhere than the points around the true modes, whose "
@@ -115,7 +115,7 @@ def step(s, model, chains, step_size, x, optimizer, flow_optimizer):
     figures += follow(losses.ml(model.flow.log_prob, chains[0]), flow_optimizer) if model.flow else [None, None]
     figures += [None if rate is None else rate.mean() for rate in (report.acceptance, report.global_acceptance)]
     if s.adjusted:  # θ changes while the chains run, and the best step size with it; see sampling.tune
-        step_size = step_size * (0.05 * (report.acceptance.mean(-1) - TARGET)).exp()
+        step_size = adapted(step_size, report)
     return chains, step_size, {name: figure for name, figure in zip(FIGURES, figures) if figure is not None}
 
 
@@ -126,6 +126,11 @@ def move(s, model, chains, step_size):
     x = model.start.sample(len(chains[0])) if s.sampler == "short" else chains[0]
     x, report = alternate(model.energy, model.flow, x, 1, s.local_steps, step_size[0], s.adjusted)
     return x[None], report
+
+
+def adapted(step_size, report):
+    """The step size after a round, a little closer to the one that Langevin accepts with TARGET.   (T,) -> (T,)"""
+    return step_size * (0.05 * (report.acceptance.mean(-1) - TARGET)).exp()
 
 
 def ladder(s, device):

@@ -68,8 +68,7 @@ def flow_alone(s):
     flow = train_ebm.fit_flow(replace(s, start_steps=s.start_steps + s.epochs * s.steps), data, "cpu")
     truth = Truth(data, 5 * s.test_points, s.dim, "cpu")
     model = SimpleNamespace(energy=lambda x: -flow.log_prob(x), flow=None)
-    row = {name.replace("val_", "test_"): value
-           for name, value in truth.figures(model, flow.sample(s.test_points)).items()}
+    row = truth.figures(model, flow.sample(s.test_points), "test")
     return row | {"draws": row["chains"], "draws_tv": total_variation(torch.tensor(row["chains"]), data.weights)}
 
 

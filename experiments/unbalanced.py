@@ -131,7 +131,7 @@ class Judge:
         """-> dict: the share of the second digit and its error, held-out NLL, ESS; draws of p_θ (64, D)"""
         for _ in range(rounds):
             self.chains, report = alternate(energy, self.flow, self.chains, 1, self.s.local_steps, self.step_size)
-            self.step_size = self.step_size * (0.05 * (report.acceptance.mean() - train_ebm.TARGET)).exp()
+            self.step_size = train_ebm.adapted(self.step_size, report)
             train_ebm.follow(losses.ml(self.flow.log_prob, self.chains), self.optimizer)
         with torch.no_grad():
             x = self.flow.sample(DRAWS)

@@ -46,7 +46,7 @@ class Truth:
             self.entropy = -torch.sum(self.log_p.exp() * (self.log_p - self.log_v)).item()
 
     @torch.no_grad()
-    def figures(self, model, chains):
+    def figures(self, model, chains, split="val"):
         """log Z, held-out NLL and KL in nats, mode weights, their errors; log Z by the flow, from both sides.   -> dict
 
         Every integral is divided by the same integral of the truth, whose value is known. P(k | x) is the truth's:
@@ -65,13 +65,14 @@ class Truth:
         d = (in_mode + log_q[:, None] - A).exp() - (in_mode + log_p[:, None] - B).exp()  # ∂ log Z_k of point i, (n, K)
         d = d * (not self.lattice)  # whose points are not random
         log_z_se, weights_se = (d @ weights).norm(), weights * (d - (d @ weights)[:, None]).norm(dim=0)
-        row = {"log_z": log_z.item(), "log_z_se": log_z_se.item(), "val_nll": (log_z - log_test.mean()).item()}
+        row = {"log_z": log_z.item(), "log_z_se": log_z_se.item(), f"{split}_nll": (log_z - log_test.mean()).item()}
         if self.lattice:
             p = log_p.exp()  # sums to 1
-            row |= {"val_kl": torch.sum(p * (log_p - log_q + log_z)).item(), "val_kl_se": 0.0}
+            row |= {f"{split}_kl": torch.sum(p * (log_p - log_q + log_z)).item(), f"{split}_kl_se": 0.0}
         else:
             ratio = self.data.log_prob(self.test).double() - log_test + log_z  # log p/p_θ at draws of p
-            row |= {"val_kl": ratio.mean().item(), "val_kl_se": math.hypot(ratio.std() / len(ratio) ** 0.5, log_z_se)}
+            row |= {f"{split}_kl": ratio.mean().item(),
+                    f"{split}_kl_se": math.hypot(ratio.std() / len(ratio) ** 0.5, log_z_se)}
         if self.modes:
             row |= {"weights": weights.tolist(), "tv": total_variation(weights, self.w),
                     "tv_se": weights_se.sum().item() / 2}
