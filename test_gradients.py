@@ -298,14 +298,14 @@ def gauss_hermite(n, shape):
 
 def expectation(loss, points, weights):
     """Σ weight · loss(point), each point a batch of its own."""
-    return sum(w * loss(point[None]) for point, w in zip(points, weights) if w > 1e-14)
+    return sum(w * loss(point[None]) for point, w in zip(points, weights) if w > 1e-10)
 
 
 @pytest.mark.parametrize("architecture", PLANES)
 def test_dsm_has_the_gradient_of_explicit_score_matching_to_the_smoothed_data(architecture):
     flow = perturbed(PLANES[architecture]())
     data, sigma = torch.randn(2, *flow.shape), 0.3
-    noise, weights = gauss_hermite(40, flow.shape)
+    noise, weights = gauss_hermite(32, flow.shape)
 
     denoising = sum(expectation(lambda n: losses.dsm(flow.energy, x[None], sigma, n), noise, weights) for x in data) / 2
 
@@ -325,7 +325,7 @@ def test_dsm_with_pooled_targets_has_the_same_expected_gradient(architecture):
     noise, so that one noise for both has the same expectation."""
     flow = perturbed(PLANES[architecture]())
     data, sigma = 0.3 * torch.randn(2, *flow.shape), 0.5
-    noise, weights = gauss_hermite(40, flow.shape)
+    noise, weights = gauss_hermite(32, flow.shape)
     own, pooled = (
         flat(gradients(expectation(lambda n: losses.dsm(flow.energy, data, sigma, n.expand_as(data), p),
                                    noise, weights), flow))
@@ -359,7 +359,7 @@ def test_sml_has_the_gradient_of_ml_exactly_for_a_linear_flow():
 def test_sml_has_the_gradient_of_ml_for_a_nonlinear_flow_by_quadrature(architecture):
     flow = perturbed(PLANES[architecture]())
     x = torch.randn(3, *flow.shape)
-    rule = gauss_hermite(40, flow.shapes[-1])
+    rule = gauss_hermite(32, flow.shapes[-1])
     sml = expectation(lambda u: losses.sml(flow.energy, x, flow.inverse(u)), *rule)
     assert distance(flat(gradients(sml, flow)), flat(gradients(losses.ml(flow.log_prob, x), flow))) < 1e-5
 

@@ -17,13 +17,14 @@ from losses import OBJECTIVES
 def setting(default, help, choices=None, of=(), decides=True, **limits):
     """A field of a settings class. `of` names the objectives, architectures, … that have it (none: all do).
 
-    limits: above, least, below, most, other. What does not `decide` the result is left out of config.json.
+    limits: above, least, below, most, apart (from 0). What does not `decide` the result is left out of config.json.
     """
     return field(default=default, metadata=dict(help=help, choices=choices, of=of, decides=decides, limits=limits))
 
 
 LIMITS = {"above": (operator.gt, "above"), "least": (operator.ge, "at least"),
-          "below": (operator.lt, "below"), "most": (operator.le, "at most"), "other": (operator.ne, "other than")}
+          "below": (operator.lt, "below"), "most": (operator.le, "at most"),
+          "apart": (operator.ge, "away from 0 by at least")}
 SIZE = dict(above=0, most=10**6)  # what is larger is a slip of the pen, and would fill the memory before it fails
 
 
@@ -68,7 +69,7 @@ class Mnist(Settings):
     s: float = setting(1.0, "scale of the logits: z = logit(x / 256) / s", least=0.01, most=100)
     normalize: str = setting("center", "ours: raw logits; mean 0; mean 0 and variance 1; mean 0 and covariance I",
                              choices=("none", "center", "scale", "whiten"))
-    diagonal: float = setting(1.0, "weights start at diagonal · I", least=-100, most=100, other=0, of=("fc", "cnn"))
+    diagonal: float = setting(1.0, "weights start at diagonal · I", least=-100, most=100, apart=0.01, of=("fc", "cnn"))
     bias: float = setting(0.0, "biases start at this; of a CNN at random, this times Xavier's deviation", least=0,
                           most=100, of=("fc", "cnn"))
     bend: float = setting(0.0, "ours: the activation bends at -bend and is 0 at 0; None in --paper",
@@ -247,7 +248,7 @@ def parse(kind, argv=None):
         if isinstance(value, float) and not math.isfinite(value):
             parser.error(f"{flag} must be a finite number, not {value}")
         for limit, bound in f.metadata["limits"].items():
-            if value is not None and not LIMITS[limit][0](value, bound):
+            if value is not None and not LIMITS[limit][0](abs(value) if limit == "apart" else value, bound):
                 parser.error(f"{flag} must be {LIMITS[limit][1]} {bound}, not {value}")
     if s.out == Path():
         parser.error("--out must be a directory of its own, not the working directory")
