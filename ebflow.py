@@ -71,7 +71,7 @@ class EBFlow(nn.Module):
     def log_z(self):
         """log Z = -Σ_{i∈S_l} log|det J_i|, exact: the O(D³) part (poster, Eq. (9)).   -> ()
 
-        In float64 under torch.no_grad. Where a gradient is taken, in the precision of the weights (layers.py: precise).
+        In float64 under torch.no_grad. Where a gradient is taken, in float32 or longer (layers.py: precise).
         Raises torch.linalg.LinAlgError, with the layer's name, if a weight is singular or not finite. In compiled code
         and in vmap, the value is then not finite.
         """

@@ -222,10 +222,10 @@ class ActNorm(LinearLayer):
         """Moves s and b this fraction of the way to the values at which the batch x comes out with mean 0, variance 1.
 
         Glow does this once, with fraction 1. ours: a smaller fraction every few steps tracks the moments of x.
-        Raises ConstantChannel where a channel of x is constant; with a smaller fraction, where x has one value.
+        Raises ConstantChannel if a channel has a single value, or with fraction 1 equal ones.
         """
         x = x.transpose(0, 1).flatten(1)  # (C, n)
-        if x.shape[1] == 1 or fraction == 1 and (x == x[:, :1]).all(1).any():  # a GPU must be waited for to look
+        if x.shape[1] == 1 or fraction == 1 and (x == x[:, :1]).all(1).any():  # reading this stalls a GPU
             raise ConstantChannel("actnorm cannot start from a batch with a constant channel: give it more samples")
         std, mean = torch.std_mean(x, dim=1)  # (C,)
         self.log_scale.lerp_(-std.log(), fraction)

@@ -68,9 +68,9 @@ def fdssm(energy, x, xi, eps=None):
 
         (D/ξ²) · ( E[ 2E(x) - E(x+ε) - E(x-ε) ] + ⅛ E[ (E(x+ε) - E(x-ε))² ] ),   ε uniform on the sphere ‖ε‖ = ξ
 
-    eps like x, with norm ξ for each sample. The energy sees 3B rows at once: repeat a condition, c.repeat(3, 1). The
-    rounding error of the value is about the machine epsilon times D·E/ξ², so float32 loses its digits below ξ ≈ 0.01.
-    Poster, Eq. (6).
+    eps like x, with norm ξ for each sample. The energy is called once, on 3B rows. If it takes a condition c, pass
+    c.repeat(3, 1). The rounding error of the value is about the machine epsilon times D·E/ξ², so float32 loses its
+    digits below ξ ≈ 0.01. Poster, Eq. (6).
     """
     eps = on_sphere(x, xi) if eps is None else eps
     D = x[0].numel()

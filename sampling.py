@@ -30,7 +30,7 @@ class SamplingError(ValueError):
 
 class Report(NamedTuple):
     """The step size, and the acceptance rate of each chain. A rate is None if no step of that kind can be rejected."""
-    step_size: float
+    step_size: float | torch.Tensor                # (T,) in tempering
     acceptance: torch.Tensor | None = None         # (B,) of mala; (T, B) in tempering
     global_acceptance: torch.Tensor | None = None  # (B,) of independence; (T - 1, B) of the swaps in tempering
 
@@ -86,7 +86,7 @@ def impute(energy, x, mask, steps, step_size, adjusted=False, start=None):
     """Draws the missing coordinates given the observed ones, by Langevin steps.   (B, …) -> (B, …), Report
 
     mask, boolean, is True where x is MISSING. It has the shape of x, or of one event for all. The values of x there are
-    ignored: chains start at `start`, like x, or else at N(0, I), and start=x continues earlier chains. The observed
+    ignored. Chains start at `start`, like x, by default at N(0, I); start=x continues earlier chains. The observed
     values come back bit for bit. The steps are `mala` if `adjusted`, else `langevin`. Raises SamplingError.
     """
     mask = _check_mask(mask, x)

@@ -10,7 +10,6 @@ decides which epoch is kept, and the test split is read once, at the end. Recipe
 import copy
 import math
 import time
-from operator import attrgetter
 
 import support  # before torch: makes Ctrl-C and SIGTERM one line each
 import torch
@@ -29,7 +28,7 @@ from support.run import Run, RunError, one_line_errors
 def train(s, device):
     # Data: bytes (n, C, H, W), on the device
     splits = load_images(s.data)
-    train_set, val_set, test_set = splits[0].to(device), splits[1].to(device), splits[2].to(device)
+    train_set, val_set, test_set = [split.to(device) for split in splits]
     steps = len(train_set) // s.batch_size
     if steps == 0:
         raise RunError(f"{len(train_set)} training images do not fill a batch of {s.batch_size}: lower --batch-size")
@@ -107,7 +106,7 @@ def make_step(s, pre, flow, model, averaged):
 
     @fast_products(s.loss)                                             # support/fast.py
     def step(images, n):
-        images = images.flip(3) if s.flip and n % 2 else images        # the order of images is random
+        images = images.flip(3) if s.flip and n % 2 else images        # mirrors every second batch
         x = dequantize(images).view(-1, *model.shape)                  # (B, C, H, W) -> (B, *shape)
         z = pre(x) if s.map else x                                     # MaP: match after pre-processing
         if s.loss in ("ssm", "fdssm") and s.sigma > 0:                 # ours: data as smooth as dsm's
@@ -117,9 +116,8 @@ def make_step(s, pre, flow, model, averaged):
             track_moments(matched, z + s.sigma * noise if s.loss == "dsm" else z, fraction=0.1)
         optimizer.zero_grad()
         loss = gradient(z)
-        if torch.distributed.is_initialized():                         # torchrun
-            loss = processes.average(loss, parameters)
-        norm = get_total_norm(list(map(attrgetter("grad"), parameters)))
+        loss = processes.average(loss, parameters)                     # over those of torchrun
+        norm = get_total_norm([p.grad for p in parameters])
         if s.clip:
             clip_grads_with_norm_(parameters, s.clip, norm)
         optimizer.step()

@@ -93,8 +93,8 @@ def noise_level(s, progress):
     """ours: σ of the noise on the points, by the fraction of the run that is over. It falls geometrically to the toy's.
 
     Score matching compares scores only where points are. A model with nearly all of its mass elsewhere can have a small
-    Fisher divergence. So training starts under so much noise that the points are nearly Gaussian, as the flow is then,
-    and follows them as the noise falls. Maximum likelihood ends lower on the swirl with some noise, too.
+    Fisher divergence. So training starts under strong noise, where points and flow are both nearly Gaussian. The flow
+    follows the points as the noise falls. Maximum likelihood ends lower on the swirl with some noise, too.
     """
     return Toy.smoothing * (s.start_smoothing / Toy.smoothing) ** max(0.0, 1 - progress / s.anneal)
 

@@ -6,7 +6,7 @@ Each method trains the two-layer flow of `train_mnist.py` for 1,500 steps: once 
 whitened ones. Whitening is one more matrix, which W₁ could absorb. Its eigendecomposition counts as training time. Let
 x (B, D) be the batch at the input of a layer, and δ (B, D) the gradient of the loss at its output xWᵀ + b:
 
-    ml        exact: the gradient of W is δᵀx - W^{-T}, O(D³), here in float32 (1.3 times as fast as in float64)
+    ml        exact: the gradient of W is δᵀx - W^{-T}, O(D³)
     relative  that times WᵀW from the right, δᵀ(xWᵀW) - W, all of it O(BD²)   (Gresele et al. 2020)
     self-norm a learnt R ≈ W⁻¹ of each layer stands in for W⁻¹, and W in turn for R⁻¹: W takes ½(δᵀx - Rᵀ), R takes
               ½(Wᵀ - (δW)ᵀ(xWᵀ)), and λ E‖R(Wx) - x‖², with x held constant, ties the two together (Keller et al. 2021)
@@ -65,13 +65,6 @@ class SharedLayer(FullyConnected):
     def __init__(self, layer):
         super().__init__(len(layer.bias))
         self.weight, self.bias = layer.weight, layer.bias
-
-
-class ExactLayer(SharedLayer):
-    """log|det W| in float32."""
-
-    def log_abs_det(self, shape):
-        return torch.linalg.slogdet(self.weight).logabsdet
 
 
 class RelativeLinear(torch.autograd.Function):
@@ -195,7 +188,7 @@ def train(name, normalize, flags, steps, every, splits, device, digits=1, until=
     seconds = time.perf_counter() - start if normalize == "whiten" else 0.0
     train_set = train_set.to(device)
     averaged = copy.deepcopy(model)                                    # θ̃ of EMA
-    kind = {"ml": ExactLayer, "relative": RelativeLayer, "self-norm": SelfNormalizingLayer}.get(name)
+    kind = {"ml": SharedLayer, "relative": RelativeLayer, "self-norm": SelfNormalizingLayer}.get(name)
     matched = Rival(flow, kind) if kind else flow                      # the model's parameters; self-norm also has R
     parameters, averages, trained = trainable(matched), trainable(averaged), trainable(model)
     optimizer = torch.optim.Adam(parameters, lr=s.lr, fused=True)

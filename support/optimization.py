@@ -1,14 +1,13 @@
 """What every training loop does to its parameters beside the optimiser's step: learning rate and moving average."""
 
 import math
-from operator import attrgetter
 
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 
 def trainable(model):
     """The parameters that are trained.   -> list"""
-    return list(filter(attrgetter("requires_grad"), model.parameters()))
+    return [p for p in model.parameters() if p.requires_grad]
 
 
 def cosine(progress, plateau=0.0):

@@ -276,7 +276,7 @@ CHANGES = [
     ("support/optimization.py", "min(m, (1 + n) / (10 + n)) if n else 0.0", "min(m, (1 + n) / (10 + n))",
      "support average"),
     ("support/optimization.py", "min(m, (1 + n) / (10 + n)) if n else 0.0", "m if n else 0.0", "support average"),
-    ("support/optimization.py", 'filter(attrgetter("requires_grad"), model.parameters())', "model.parameters()",
+    ("support/optimization.py", "for p in model.parameters() if p.requires_grad", "for p in model.parameters()",
      "support trained"),
     ("support/processes.py", "rows[dist.get_rank() * size:][:size]", "rows[:size]", "processes shares"),
     ("support/processes.py", "torch.cat(tensors) / dist.get_world_size()", "torch.cat(tensors)", "processes average"),

@@ -230,7 +230,7 @@ def some_flow():
 def test_the_relative_gradient_is_that_of_maximum_likelihood_times_w_transposed_w(float64):
     flow, x = some_flow(), torch.randn(9, 6)
     exact = torch.autograd.grad(losses.ml(flow.log_prob, x), [*flow.parameters()])
-    same = rivals.Rival(flow, rivals.ExactLayer)
+    same = rivals.Rival(flow, rivals.SharedLayer)
     torch.testing.assert_close(torch.autograd.grad(losses.ml(same.log_prob, x), [*flow.parameters()]), exact)
     rival = rivals.Rival(flow, rivals.RelativeLayer)
     relative = torch.autograd.grad(losses.ml(rival.log_prob, x), [*flow.parameters()])
@@ -405,7 +405,7 @@ def test_a_rival_has_the_loss_of_maximum_likelihood_with_an_actnorm_at_its_momen
     images = load_images(small_data_set(tmp_path))[0]
     pre, flow = train_mnist.build(settings.parse(settings.Mnist, ["--loss", "ml", "--actnorm", "moments"]), images)
     x = pre(dequantize(images[:20].flatten(1)))
-    rival = rivals.Rival(flow, rivals.ExactLayer)
+    rival = rivals.Rival(flow, rivals.SharedLayer)
     torch.testing.assert_close(losses.ml(rival.log_prob, x), losses.ml(flow.log_prob, x), check_dtype=False)
 
 

@@ -44,6 +44,7 @@ def test_the_mean_over_the_shares_is_the_gradient_of_the_joint_batch(loss, monke
 
 def test_the_average_is_that_of_loss_and_gradients(monkeypatch):
     """all_reduce sums over the processes: here over this one and one whose loss and gradients are all 3."""
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
     monkeypatch.setattr(dist, "get_world_size", lambda: 2)
     monkeypatch.setattr(dist, "all_reduce", lambda flat: flat.add_(3 / 2))
     parameters = [torch.zeros(2, 3, requires_grad=True), torch.zeros(4, requires_grad=True)]
