@@ -34,7 +34,7 @@ def read_idx(path):
     axes = raw[3] if raw[:3] == b"\x00\x00\x08" and len(raw) > 3 else 0
     header = 4 + 4 * axes
     shape = np.frombuffer(raw[4:header], ">u4").tolist() if len(raw) >= header else []
-    if axes == 0 or len(shape) != axes:
+    if not 0 < axes < 5 or len(shape) != axes:
         raise DataError(f"{path} is not an IDX file of unsigned bytes")
     if len(raw) != header + math.prod(shape):
         raise DataError(f"{path} holds {len(raw) - header} bytes of data, its header promises {math.prod(shape)}")
@@ -103,14 +103,16 @@ def read_cifar(path):
 def read_npy(path):
     """The images in a NumPy file of bytes, (n, H, W) or (n, H, W, C).   -> uint8 (n, C, H, W)"""
     try:
-        images = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:  # ValueError: no NumPy file, or images of different shapes
+        with open(path, "rb") as file:
+            images = np.lib.format.read_array(file, allow_pickle=False)
+    except Exception as error:  # numpy raises many kinds for a damaged file
         raise DataError(f"cannot read {path}: {error}; it must be one array of images of one shape") from None
     if images.dtype != np.uint8:
         raise DataError(f"{path} holds {images.dtype}, not bytes: save images of 0 … 255 as uint8")
     images = images[..., None] if images.ndim == 3 else images
-    if images.ndim != 4 or images.shape[3] > 4:
-        raise DataError(f"{path} has the shape {images.shape}: images are (n, H, W) or (n, H, W, C) with C up to 4")
+    if images.ndim != 4 or images.shape[3] not in (1, 3, 4):
+        raise DataError(f"{path} has the shape {images.shape}: images are (n, H, W), or (n, H, W, C) with 1, 3 or 4 "
+                        "channels C")
     return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
 
 

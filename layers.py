@@ -397,7 +397,7 @@ class AffineCoupling(NonlinearLayer):
     def __init__(self, network, swap=False, floor=0.0, tanh=False):
         super().__init__()
         if not (floor == 0 or 1e-3 <= floor < 1 and not tanh):  # below 0.001, (log s)'' fails in float32
-            raise ValueError(f"the floor must be 0 or lie in [0.001, 1) with sigmoid couplings, not {floor}")
+            raise ValueError(f"the floor must be 0, or in [0.001, 1) with sigmoid couplings, not {floor}")
         self.network, self.swap, self.floor, self.tanh = network, swap, floor, tanh
 
     def output_shape(self, shape):

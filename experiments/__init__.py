@@ -5,11 +5,13 @@ import contextlib
 import json
 import os
 import platform
+import sys
 from pathlib import Path
 
 import support  # before torch
 import torch
 
+from support import settings
 from support.run import RunError, write
 
 
@@ -34,6 +36,19 @@ def folder(text):
     if not os.access(path, os.W_OK):
         raise argparse.ArgumentTypeError(f"cannot write to {path}")
     return path
+
+
+def passed_on(kind, own, flags):
+    """The settings of a run by the experiment's own flags and those that the user passes on.   -> settings
+
+    Exits with one line where the user changes one of the experiment's own.
+    """
+    s, alone = (vars(settings.parse(kind, [*own, *more])) for more in (flags, ()))
+    for flag in own:
+        name = flag.removeprefix("--").removeprefix("no-").replace("-", "_")
+        if flag.startswith("--") and s[name] != alone[name]:
+            sys.exit(f"error: --{name.replace('_', '-')} is set by the experiment: leave it out")
+    return kind(**s)
 
 
 def machine():

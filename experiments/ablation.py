@@ -25,7 +25,7 @@ from tqdm import tqdm
 import train_mnist
 from data import MNIST, DataError, dequantize, digest, load_images
 from ebflow import EBFlow
-from experiments import folder, record, recorded
+from experiments import folder, passed_on, record, recorded
 from experiments.toys import interval
 from support import processes, settings
 from support.optimization import cosine
@@ -119,7 +119,7 @@ def main(argv=None):
     parser.add_argument("--data", type=Path, default=MNIST, help="directory of the IDX files")
     parser.add_argument("--results", type=folder, default="results")
     a, flags = parser.parse_known_args(argv)
-    runs = [settings.parse(settings.Mnist, ["--loss", loss, "--seed", str(seed), on, *flags])
+    runs = [passed_on(settings.Mnist, ["--loss", loss, "--seed", str(seed), on], flags)
             for seed in range(a.seeds) for loss in OBJECTIVES for on in ("--map", "--no-map")]
     with one_line_errors(DataError, OSError), processes.joined(a.device) as device:
         splits = load_images(a.data)

@@ -24,10 +24,11 @@ from matplotlib.figure import Figure
 
 import train_ebm
 from data import mixture
-from experiments import at_least, folder, intact, machine, record
+from experiments import at_least, folder, intact, machine, passed_on, record
+from sampling import SamplingError
 from support import plots, settings
 from support.judge import Truth, total_variation
-from support.run import one_line_errors, read_checkpoint, read_metrics, save_picture
+from support.run import RunError, one_line_errors, read_checkpoint, read_config, read_metrics, save_picture
 
 CELLS = {
     "flow": "",
@@ -46,13 +47,11 @@ KEPT = ("test_nll", "entropy", "test_kl", "test_kl_se", "weights", "tv", "tv_se"
 
 def train(s, argv):
     """Trains one energy, unless it is there.   -> rows of the metrics, the error that stopped it or None"""
-    config = s.out / "config.json"
+    config, metrics = s.out / "config.json", s.out / "metrics.jsonl"
     try:
-        if not config.exists():
-            train_ebm.main(argv)
-        elif (json.loads(config.read_text()) != json.loads(json.dumps(s.config()))
-              or "test_nll" not in read_metrics(s.out)[-1]):
-            train_ebm.main([*argv, "--resume"])  # an error for a run of other settings
+        if not (metrics.exists() and read_config(config) == json.loads(json.dumps(s.config()))
+                and "test_nll" in read_metrics(s.out)[-1]):
+            train_ebm.main([*argv, *["--resume"] * config.exists()])  # an error for a run of other settings
     except SystemExit as stop:
         if not re.search("(at|after) epoch", str(stop.code)):
             raise
@@ -63,7 +62,7 @@ def train(s, argv):
 
 def flow_alone(s):
     """The figures of the flow by maximum likelihood, after as many updates.   -> dict"""
-    data = mixture(s.dim)
+    data = train_ebm.density(s)
     torch.manual_seed(s.seed)
     flow = train_ebm.fit_flow(replace(s, start_steps=s.start_steps + s.epochs * s.steps), data, "cpu")
     truth = Truth(data, 5 * s.test_points, s.dim, "cpu")
@@ -74,7 +73,7 @@ def flow_alone(s):
 
 def evaluations(s):
     """How often the energy is evaluated for each draw that enters an update, with or without its gradient."""
-    x, rows = mixture(s.dim).sample(100), []
+    x, rows = train_ebm.density(s).sample(100), []
     model = train_ebm.make_model(s, x)
     model.energy.register_forward_hook(lambda module, inputs, E: rows.append(len(E)))
     T = train_ebm.ladder(s, "cpu")
@@ -164,21 +163,29 @@ def main(argv=None):
     a, flags = parser.parse_known_args(argv)
 
     path = a.results / "balanced.json"
-    with one_line_errors(), intact(path):
-        done = json.loads(path.read_text())["runs"] if path.exists() else []
-        table = {(row["dim"], row["cell"], row["seed"]): row for row in done}
+    with one_line_errors(torch.linalg.LinAlgError, SamplingError):
+        experiment(a, path, flags)
+
+
+def experiment(a, path, flags):
+    with intact(path):
+        done = json.loads(path.read_text()) if path.exists() else {"flags": flags, "runs": []}
+        table = {(row["dim"], row["cell"], row["seed"]): row for row in done["runs"]}
+        [*rows(done["runs"])]
+    if done["flags"] != flags:
+        raise RunError(f"{path} is of runs with other flags, {done['flags']}: move it away, or name another --results")
     for seed in a.seeds:  # all dimensions of one seed first
         for dim in a.dims:
             for cell in a.cells:
                 name = re.sub(r"\W+", "-", cell)
                 out = a.runs / f"balanced-d{dim}-{name}-seed{seed}"
-                argv = [*f"--dim {dim} --seed {seed} {CELLS[cell] or ''}".split(), "--out", str(out), *flags]
-                s, row = settings.parse(settings.Ebm, argv), {"dim": dim, "cell": cell, "seed": seed}
+                own = [*f"--data mixture --dim {dim} --seed {seed} {CELLS[cell] or ''}".split(), "--out", str(out)]
+                s, row = passed_on(settings.Ebm, own, flags), {"dim": dim, "cell": cell, "seed": seed}
                 if CELLS[cell] is None:
                     if (dim, cell, seed) not in table:
                         table[dim, cell, seed] = row | {k: v for k, v in flow_alone(s).items() if k in KEPT}
                 else:
-                    metrics, stopped = train(s, argv)
+                    metrics, stopped = train(s, [*own, *flags])
                     table[dim, cell, seed] = (row | ({"stopped": stopped} if stopped else {})
                                               | {k: metrics[-1][k] for k in KEPT if k in metrics[-1]}
                                               | {"evaluations": evaluations(s)}

@@ -18,7 +18,7 @@ from matplotlib.ticker import NullFormatter
 
 from experiments import intact
 from experiments.runtime import slope
-from support.run import one_line_errors, save_picture
+from support.run import RunError, one_line_errors, save_picture
 
 
 def picture(rows, draws):
@@ -48,6 +48,8 @@ def main(argv=None):
     with one_line_errors(OSError, ValueError):
         with intact(path := a.results / "runtime-cpu.json"):
             rows = [row for size in json.loads(path.read_text())["runs"].values() for row in size]
+            if not slope([row for row in rows if (row["arch"], row["loss"]) == ("fc", "ml")], "operations"):
+                raise RunError(f"{path} has fewer than three sizes: run experiments.runtime with its defaults")
         save_picture(a.results / "claim.png", picture(rows, imread(a.results / "samples-glow-dsm.png")))
 
 

@@ -136,6 +136,11 @@ def main(argv=None):
     parser.add_argument("--repeats", type=at_least(1), default=20)
     parser.add_argument("--results", type=folder, default="results")
     a = parser.parse_args(argv)
+    with one_line_errors():
+        experiment(a)
+
+
+def experiment(a):
     n = sorted(a.samples)[len(a.samples) * 2 // 3]
     by_samples, by_dimension = [], []
     with tqdm(total=len(PROPOSALS) * (1 + len(a.dims)), dynamic_ncols=True) as bar:
@@ -145,11 +150,10 @@ def main(argv=None):
                 bar.set_postfix(D=D, q=name)
                 rows += measure(D, a.c, name, samples, a.repeats)
                 bar.update()
-    with one_line_errors(OSError):
-        save_picture(a.results / "determinant.png", picture(by_samples, by_dimension))
-        result = {"command": "python -m experiments.determinant", "machine": machine(), "repeats": a.repeats,
-                  "by_samples": by_samples, "by_dimension": by_dimension}
-        record(a.results / "determinant.json", result)
+    save_picture(a.results / "determinant.png", picture(by_samples, by_dimension))
+    result = {"command": "python -m experiments.determinant", "machine": machine(), "repeats": a.repeats,
+              "by_samples": by_samples, "by_dimension": by_dimension}
+    record(a.results / "determinant.json", result)
     for row in by_dimension:
         print(f"D = {row['D']:4}  {row['q']:10} exact {row['exact']:8.3f}  error {row['rmse']:8.4f}  "
               f"bias {row['bias']:8.4f}  closed form {predicted(row) or math.inf:.4f}")

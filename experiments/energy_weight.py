@@ -13,8 +13,9 @@ import argparse
 from pathlib import Path
 
 import train_mnist
-from experiments import folder, machine, record
+from experiments import folder, machine, passed_on, record
 from losses import OBJECTIVES
+from support import settings
 from support.run import read_metrics
 from support.settings import PAPER
 
@@ -42,7 +43,9 @@ def main(argv=None):
     for i, (name, own) in enumerate(RUNS.items()):
         directory = a.runs / f"energy-weight-{i}"
         resume = ["--resume"] if (directory / "config.json").exists() else []
-        train_mnist.main([*FLAGS, *own, "--epochs", a.epochs, "--out", str(directory), *resume, *flags])
+        own = [*FLAGS, *own, "--epochs", a.epochs, "--out", str(directory), *resume]
+        passed_on(settings.Mnist, own, flags)
+        train_mnist.main([*own, *flags])
         metrics = read_metrics(directory)
         runs[name] = {"val_nll": [row["val_nll"] for row in metrics], "test_nll": metrics[-1]["test_nll"],
                       "best_epoch": metrics[-1]["best_epoch"]}

@@ -45,9 +45,10 @@ def experiment(a):
         print(f"draws by g⁻¹   energy {flow.energy(pre(exact.clamp(0, 256))).mean():10.1f}")
         print(f"test images    energy {flow.energy(pre(images)).mean():10.1f}")
     pictures = [pre.inverse(z).detach() for z in columns] + list(exact.chunk(4))
+    shown = min(a.chains, 16)
     titles = ["noise", *(f"{step:,} steps" for step in moments), *["g⁻¹(u)"] * 4]
-    figure = Figure(figsize=(len(titles) * 0.95, a.chains), layout="constrained")
-    grid = figure.subplots(a.chains, len(titles), squeeze=False)
+    figure = Figure(figsize=(len(titles) * 0.95, shown), layout="constrained")
+    grid = figure.subplots(shown, len(titles), squeeze=False)
     for axes_column, title, images in zip(grid.T, titles, pictures):
         for axes, image in zip(axes_column, images):
             pixels = image.view(train_set.shape[1:]).permute(1, 2, 0)  # (H, W, C)

@@ -68,7 +68,7 @@ def main(argv=None):
     parser.add_argument("--run", type=Path, required=True, help="directory of a run of train_toy.py or train_mnist.py")
     parser.add_argument("--batch-size", type=at_least(1), default=512)
     parser.add_argument("--batches", type=at_least(2), default=200)
-    parser.add_argument("--xi", type=at_least(1e-4, float), default=0.2)
+    parser.add_argument("--xi", type=at_least(1e-3, float), default=0.2)
     parser.add_argument("--data", type=Path, default=MNIST, help="the images of a run of train_mnist.py")
     parser.add_argument("--results", type=folder, default="results")
     a = parser.parse_args(argv)

@@ -29,7 +29,7 @@ from data import gauss_legendre
 from ebflow import EBFlow
 from experiments import at_least, folder, record
 from layers import ActNorm, FullyConnected, SmoothLeakyReLU
-from support.run import save_picture
+from support.run import RunError, one_line_errors, save_picture
 
 DIM = 10
 LAYERS = {"full": [None], "lower": [torch.tril], "upper": [torch.triu], "upper × lower": [torch.tril, torch.triu]}
@@ -109,17 +109,28 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=at_least(1), default=4000)
     parser.add_argument("--batch-size", type=at_least(1), default=512)
-    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--lr", type=at_least(1e-9, float), default=2e-3)
     parser.add_argument("--seeds", type=at_least(1), default=3, help="the number of seeds")
     parser.add_argument("--results", type=folder, default="results")
     a = parser.parse_args(argv)
     torch.set_default_dtype(torch.float64)  # in float32 tanh is exactly ±1 for 7 % of the draws
+    with one_line_errors(torch.linalg.LinAlgError):
+        experiment(a)
+
+
+def experiment(a):
     torch.manual_seed(0)
     floor, error = entropy()
     every = max(1, a.steps // 100)
     curves = {name: [train(masks, a.steps, a.batch_size, a.lr, seed, every, name) for seed in range(a.seeds)]
               for name, masks in LAYERS.items()}
+    if not all(math.isfinite(nll) for runs in curves.values() for run in runs for nll in run):
+        raise RunError("an NLL is not finite: lower --lr")
 
+    result = {"entropy": floor, "entropy_se": error,
+              "nll": {name: [run[-1] for run in runs] for name, runs in curves.items()},
+              "command": "python -m experiments.linear_masks", "steps": a.steps, "batch_size": a.batch_size, "lr": a.lr}
+    record(a.results / "linear-masks.json", result)
     figure = Figure(figsize=(6.5, 4.2), layout="constrained")
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[6, 1])  # the axis is broken between them
     for i, (name, runs) in enumerate(curves.items()):
@@ -136,10 +147,6 @@ def main(argv=None):
         axes.spines[side].set_visible(False)
         axes.grid(alpha=0.3)
     save_picture(a.results / "linear-masks.png", figure)
-    result = {"entropy": floor, "entropy_se": error,
-              "nll": {name: [run[-1] for run in runs] for name, runs in curves.items()},
-              "command": "python -m experiments.linear_masks", "steps": a.steps, "batch_size": a.batch_size, "lr": a.lr}
-    record(a.results / "linear-masks.json", result)
     print(f"entropy          {floor:.3f} ± {error:.3f}")
     for name, runs in curves.items():
         print(f"{name:16} " + ", ".join(f"{run[-1]:.3f}" for run in runs))

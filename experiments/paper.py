@@ -60,9 +60,10 @@ def main(argv=None):
         runs = before | dict(read(directory, a.machine) for directory in a.runs)
         runs = {cell: runs[cell] for cell in PAPER if cell in runs}
         record(path, {"command": "python -m experiments.paper", "runs": runs})
-        tuned = {arch: json.loads((a.results / f"mnist-{arch}.json").read_text())
-                 for arch in dict.fromkeys(cell.split()[0] for cell in runs)}
-        print("\n".join(rows(runs, tuned)))
+        for arch in dict.fromkeys(cell.split()[0] for cell in runs):
+            with intact(path := a.results / f"mnist-{arch}.json"):
+                own = {cell: run for cell, run in runs.items() if cell.split()[0] == arch}
+                print("\n".join(rows(own, {arch: json.loads(path.read_text())})))
 
 
 if __name__ == "__main__":

@@ -55,7 +55,7 @@ def rows(runs):
         best = arrivals(runs, n)
         cells = [f"{row[0]:.0f} × {1e3 * row[1] / row[0]:.1f} ms = {row[1]:.2f} s" if row and row[0] else "–"
                  for row in best.values()]
-        ratio = f"{best['ml'][1] / best['dsm'][1]:.1f}" if best["ml"] and best["dsm"] else "–"
+        ratio = f"{best['ml'][1] / best['dsm'][1]:.1f}" if best["ml"] and best["dsm"] and best["dsm"][1] else "–"
         lines.append(f"| {784 * n:,} | " + " | ".join([*cells, ratio]) + " |")
     return lines
 

@@ -35,7 +35,7 @@ from tqdm import tqdm
 import train_mnist
 from data import MNIST, DataError, dequantize, digest, load_images
 from ebflow import EBFlow
-from experiments import at_least, folder, record, recorded
+from experiments import at_least, folder, intact, record, recorded
 from experiments.speed import synchronize
 from layers import FullyConnected, LinearLayer
 from losses import OBJECTIVES
@@ -330,8 +330,10 @@ def main(argv=None):
                 if f"{name}, {start}" not in result["runs"]:
                     result["runs"][f"{name}, {start}"] = train(name, start, flags, a.steps, a.every, splits, device)
                     record(path, result)
-        save_picture(a.results / "rivals.png", picture(result["runs"]))
-        print("\n".join(rows(result["runs"])))
+        with intact(path):
+            figure, table = picture(result["runs"]), rows(result["runs"])
+        save_picture(a.results / "rivals.png", figure)
+        print("\n".join(table))
 
 
 if __name__ == "__main__":

@@ -214,7 +214,8 @@ def main(argv=None):
         parser.error("--sides must be multiples of 4: the convolutional flow squeezes twice")
     with one_line_errors(OSError), processes.joined(a.device) as device:
         path = a.results / f"runtime-{device.type}.json"
-        result = recorded(path, command="python -m experiments.runtime", batch_size=a.batch_size)
+        result = recorded(path, command="python -m experiments.runtime", batch_size=a.batch_size,
+                          longest=a.longest)
         x = torch.randn(1024, 1024, device=device)
         timed(lambda: x @ x, device)
         rate = 2 * 1024**3 / min(timed(lambda: x @ x, device) for _ in range(5))

@@ -35,7 +35,7 @@ import train_toy
 from data import MNIST, TOYS, DataError, dequantize, load_images
 from ebflow import EBFlow, toy_flow
 from experiments import at_least
-from layers import Convolution
+from layers import ConstantChannel, Convolution
 from losses import OBJECTIVES
 from support import processes, settings
 from support.fast import Graphed, fast_products
@@ -165,12 +165,13 @@ def main(argv=None):
     parser.add_argument("--arch", choices=["fc", "cnn", "glow", "toy"], default="fc")
     parser.add_argument("--losses", nargs="+", choices=OBJECTIVES, default=[*OBJECTIVES])
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
-    parser.add_argument("--shape", type=int, nargs=3, metavar=("C", "H", "W"), help="random images, in place of MNIST")
+    parser.add_argument("--shape", type=at_least(1), nargs=3, metavar=("C", "H", "W"),
+                        help="random images, in place of MNIST")
     parser.add_argument("--batch-size", type=at_least(1), help="by default 100, for the toys 512")
     parser.add_argument("--repeats", type=at_least(1), default=12, help="blocks of ten steps of each kind")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     a = parser.parse_args(argv)
-    with one_line_errors(DataError), processes.joined(a.device) as device:
+    with one_line_errors(DataError, ConstantChannel), processes.joined(a.device) as device:
         experiment(a, device)
 
 

@@ -21,7 +21,8 @@ def load_mnist(directory, images):
         model = EBFlow([*pre.layers, *flow.layers], pre.shape)
         model.load_state_dict(checkpoint["state"]["best"]["model"])
     except (TypeError, KeyError, RuntimeError):
-        raise RunError(f"{directory} is a run on images of another size, or of another version of this code") from None
+        raise RunError(f"{directory} is not trained yet, on images of another size, or of another version of this "
+                       "code") from None
     return s, pre, flow, model
 
 

@@ -8,8 +8,9 @@ that half. The experiment measures which proportions the energy itself learns fr
 of the usual one: at 2e-3 the proportions swing faster than the chains follow.
 
 One judge serves all energies. It freezes θ, takes the flow that was fitted to the data, and adapts it to p_θ by 300
-rounds of Langevin steps and jumps. Then a small network classifies 40,000 draws of that flow, with importance weights.
-Their effective sample size (ESS) says how far to trust the proportions; below 1 % none are given.
+rounds of Langevin steps and jumps. Then a small network classifies 40,000 draws with importance weights: half of them
+of the adapted flow, half of the first one, since alone the adapted one can miss mass that a base has. Their effective
+sample size (ESS) says how far to trust the proportions; below 1 % none are given.
 
 Writes results/unbalanced.json; results/unbalanced.png, the share of ones against updates;
 results/unbalanced-draws.png, decoded draws of each model. Prints the table of docs/results.md. ours, not the paper's.
@@ -30,9 +31,9 @@ from matplotlib.figure import Figure
 
 import losses
 import train_ebm
-from data import MNIST, read_idx
-from experiments import at_least, folder, record, recorded
-from sampling import SamplingError, alternate, effective_sample_size, log_weights
+from data import MNIST, DataError, read_idx
+from experiments import at_least, folder, passed_on, record, recorded
+from sampling import SamplingError, alternate, effective_sample_size
 from support import settings
 from support.optimization import cosine, trainable, update_average
 from support.run import RunError, one_line_errors, save_picture
@@ -66,6 +67,8 @@ class Digits:
 
     def __init__(self, digits=(0, 1), counts=(5000, 500), dim=16):
         train, test = (self.read(name, digits) for name in ("train", "t10k"))
+        if digits[0] == digits[1]:
+            raise RunError(f"--digits must be two different ones, not {digits[0]} twice")
         for digit, n, images in zip(digits, counts, train):
             if not 0 < n <= len(images):
                 raise RunError(f"MNIST has {len(images)} training images of the digit {digit}: cannot take {n}")
@@ -119,7 +122,7 @@ class Judge:
     """Measures p_θ = exp(-E)/Z: a flow adapts to it in rounds of Langevin steps and jumps, then draws are weighted."""
 
     def __init__(self, s, data, network, flow):
-        self.s, self.data, self.network, self.flow = s, data, network, copy.deepcopy(flow)
+        self.s, self.data, self.network, self.first, self.flow = s, data, network, flow, copy.deepcopy(flow)
         self.optimizer = torch.optim.Adam(self.flow.parameters(), lr=1e-3)
         self.chains, self.step_size = data.sample(s.chains // 2), torch.tensor(s.step_size)
 
@@ -130,8 +133,10 @@ class Judge:
             self.step_size = train_ebm.adapted(self.step_size, report)
             train_ebm.follow(losses.ml(self.flow.log_prob, self.chains), self.optimizer)
         with torch.no_grad():
-            x = self.flow.sample(DRAWS)
-            log_w = log_weights(energy, self.flow, x).double()
+            x = torch.cat([flow.sample(DRAWS // 2) for flow in (self.first, self.flow)])
+            log_q = torch.stack([flow.log_prob(x) for flow in (self.first, self.flow)]).double()
+            log_w = -energy(x) - log_q.nan_to_num(nan=-torch.inf).logsumexp(0) + math.log(2)
+            log_w[~log_w.isfinite()] = -torch.inf  # where a network overflows there is no mass
             w, second = log_w.softmax(0), self.network(x) > 0
             ess = (effective_sample_size(log_w) / DRAWS).item()
             share = (w @ second.double()).item()
@@ -144,8 +149,8 @@ class Judge:
 
 
 def settings_of(cell, seed, dim, flags):
-    return settings.parse(settings.Ebm, [*f"--dim {dim} --seed {seed} --steps 600 --start-steps 600 --lr 5e-4".split(),
-                                         *CELLS[cell].split(), *flags])
+    own = f"--data mixture --epochs 1 --dim {dim} --seed {seed} {CELLS[cell]}".split()
+    return passed_on(settings.Ebm, own, [*"--steps 600 --start-steps 600 --lr 5e-4".split(), *flags])
 
 
 def fit(seed, data, flags, steps=0):
@@ -178,7 +183,7 @@ def run(cell, seed, data, flags, network, flow):
     T, looks = train_ebm.ladder(s, "cpu"), []
     chains, step_size = data.sample(s.chains, equally=s.start == "equal").repeat(len(T), 1, 1), s.step_size * T
     for n in range(s.steps + 1):
-        if n % (s.steps // LOOKS) == 0:
+        if n % max(1, s.steps // LOOKS) == 0:
             row, _ = judge(averaged.energy, ROUNDS[0])
             of_chains = (network(chains[0]) > 0).double().mean().item()
             looks.append({"update": n, "share": row["share"], "chains": of_chains})
@@ -242,14 +247,16 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog="Other flags go to train_ebm.py.")
     parser.add_argument("--digits", type=int, nargs=2, default=[0, 1])
     parser.add_argument("--counts", type=int, nargs=2, default=[5000, 500], help="images of each digit")
-    parser.add_argument("--components", type=int, default=16, help="dimensions of the data")
+    parser.add_argument("--components", type=at_least(2), default=16, help="dimensions of the data")
     parser.add_argument("--seeds", type=at_least(0), nargs="+", default=[0])
     parser.add_argument("--cells", nargs="+", choices=CELLS, default=[*CELLS])
     parser.add_argument("--results", type=folder, default="results")
     a, flags = parser.parse_known_args(argv)
-    settings.parse(settings.Ebm, flags)
+    for s in (settings_of(cell, 0, a.components, flags) for cell in a.cells):
+        if s.chains < 4:
+            parser.error(f"--chains must be at least 4, not {s.chains}: half start in each class, and half judge")
 
-    with one_line_errors(SamplingError):
+    with one_line_errors(DataError, SamplingError, torch.linalg.LinAlgError):
         data = Digits(a.digits, a.counts, a.components)
         path = a.results / "unbalanced.json"
         result = recorded(path, command="python -m experiments.unbalanced", digits=a.digits, counts=a.counts,

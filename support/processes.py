@@ -23,7 +23,8 @@ def joined(name, shared=None):
     name    "auto" is a GPU if torch sees one
     shared  {flag: number of rows} that the processes share out; None: the script cannot
     """
-    processes, index = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
+    launched = dist.is_torchelastic_launched()
+    processes, index = [int(os.environ[name]) for name in ("WORLD_SIZE", "LOCAL_RANK")] if launched else (1, 0)
     gpus = torch.cuda.device_count()
     if processes > 1 and shared is None:
         raise RunError("this script does not share its batches between processes: start it without torchrun")

@@ -69,7 +69,7 @@ class Mnist(Settings):
     s: float = setting(1.0, "scale of the logits: z = logit(x / 256) / s", least=0.01, most=100)
     normalize: str = setting("center", "ours: raw logits; mean 0; mean 0 and variance 1; mean 0 and covariance I",
                              choices=("none", "center", "scale", "whiten"))
-    diagonal: float = setting(1.0, "weights start at diagonal · I", least=-100, most=100, apart=0.01, of=("fc", "cnn"))
+    diagonal: float = setting(1.0, "weights start at diagonal · I", least=-10, most=10, apart=0.1, of=("fc", "cnn"))
     bias: float = setting(0.0, "biases start at this; of a CNN at random, this times Xavier's deviation", least=0,
                           most=100, of=("fc", "cnn"))
     bend: float = setting(0.0, "ours: the activation bends at -bend and is 0 at 0; None in --paper",
@@ -172,9 +172,10 @@ TOY_RECIPES = {"ssm": TOY_MATCHING, "dsm": TOY_MATCHING | dict(anneal=0.7, plate
 def shares(text):
     """Numbers in proportion to the weights of a mixture, as in 1,2,3,4.   -> tuple that sums to 1"""
     values = [float(value) for value in text.split(",")]
-    if not all(0 < value < math.inf for value in values):
+    weights = tuple(value / sum(values) for value in values)
+    if not all(0 < weight <= 1 for weight in weights):
         raise ValueError  # argparse tells
-    return tuple(value / sum(values) for value in values)
+    return weights
 
 
 MIXTURES = ("mixture", "gmm40")
@@ -188,7 +189,8 @@ class Ebm(Settings):
                         choices=("mixture", "gmm40", "sine", "swirl", "checkerboard"))
     dim: int = setting(2, "dimension of the mixture or of gmm40", least=2, most=4096)
     weights: shares = setting((0.1, 0.2, 0.3, 0.4), "of the modes, as in 1,2,3,4", of=("mixture",))
-    distance: float = setting(10.0, "between neighbouring modes, in standard deviations", above=0, of=("mixture",))
+    distance: float = setting(10.0, "between neighbouring modes, in standard deviations", above=0, most=100,
+                              of=("mixture",))
     sampler: str = setting("flow", "chains with jumps by a flow, without, with swaps between temperatures, or short "
                            "ones from noise", choices=("flow", "langevin", "tempering", "short"))
     start: str = setting("equal", "chains in each mode at the start: equally many, or as many as data", of=MIXTURES,
@@ -250,7 +252,7 @@ def parse(kind, argv=None):
         for limit, bound in f.metadata["limits"].items():
             if value is not None and not LIMITS[limit][0](abs(value) if limit == "apart" else value, bound):
                 parser.error(f"{flag} must be {LIMITS[limit][1]} {bound}, not {value}")
-    if s.out == Path():
+    if s.out is not None and s.out.resolve() == Path.cwd():
         parser.error("--out must be a directory of its own, not the working directory")
     if s.resume and s.overwrite:
         parser.error("--resume and --overwrite exclude each other")

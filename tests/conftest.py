@@ -51,6 +51,12 @@ def stop_after(monkeypatch, saves):
     monkeypatch.setattr(Run, "save", stopping)
 
 
+def under_torchrun(monkeypatch, processes, index=0):
+    """The environment that torchrun gives to one of its processes."""
+    for name, value in (("TORCHELASTIC_RUN_ID", "x"), ("WORLD_SIZE", processes), ("LOCAL_RANK", index)):
+        monkeypatch.setenv(name, str(value))
+
+
 def checkpoint(directory):
     return torch.load(directory / "checkpoint.pt", weights_only=True)
 

@@ -168,7 +168,7 @@ def test_a_numpy_file_of_bytes_is_read_grey_or_in_colour(tmp_path, channels):
 @pytest.mark.parametrize("make, message", [
     (lambda: np.zeros((70, 4, 4)), "holds float64, not bytes: save images of 0 … 255 as uint8"),
     (lambda: np.zeros(70, np.uint8), r"has the shape \(70,\): images are"),
-    (lambda: np.zeros((70, 3, 32, 32), np.uint8), r"C up to 4"),
+    (lambda: np.zeros((70, 3, 32, 32), np.uint8), r"1, 3 or 4 channels C"),
     (lambda: np.zeros((70, 0, 4), np.uint8), "images without pixels"),
     (lambda: np.zeros((5, 4, 4), np.uint8), "too few"),
     (lambda: np.array([np.zeros((2, 2)), np.zeros(3)], object), "one array of images of one shape")])
@@ -180,6 +180,12 @@ def test_a_bad_numpy_file_is_named_with_what_was_expected(tmp_path, make, messag
 
 def test_what_is_no_numpy_file_or_missing_is_named(tmp_path):
     (tmp_path / "images.npy").write_bytes(b"no array")
-    for name in ("images.npy", "missing.npy"):
+    np.savez(tmp_path / "several", a=np.zeros(3, np.uint8))
+    (tmp_path / "several.npz").rename(tmp_path / "several.npy")
+    np.save(tmp_path / "whole.npy", np.zeros((70, 4, 4), np.uint8))
+    whole = (tmp_path / "whole.npy").read_bytes()
+    (tmp_path / "unclosed.npy").write_bytes(whole.replace(b"}", b" "))
+    (tmp_path / "huge.npy").write_bytes(whole.replace(b"(70, 4, 4), }" + 9 * b" ", b"(70000000000, 4, 4), }"))
+    for name in ("images.npy", "missing.npy", "several.npy", "unclosed.npy", "huge.npy"):
         with pytest.raises(DataError, match=f"cannot read .*{name}"):
             load_images(tmp_path / name)

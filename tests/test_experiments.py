@@ -20,7 +20,7 @@ import train_toy
 from data import TOYS, dequantize, load_images
 from ebflow import EBFlow, fc_flow, toy_flow
 from experiments import (ablation, claim, depth, determinant, energy_weight, generation, gradient_variance, imputation,
-                         linear_masks, paper, race, rivals, toys)
+                         linear_masks, paper, race, rivals, speed, toys)
 from experiments import mnist as mnist_table
 from experiments.trained import load_mnist
 from layers import ActNorm, FullyConnected
@@ -117,7 +117,9 @@ def test_a_run_that_is_not_there_is_one_line(tmp_path, main):
     (imputation.main, ["--steps", "0"], "--steps: must lie"), (imputation.main, ["--seed=-1"], "--seed: must lie"),
     (imputation.main, ["--seed", str(10**20)], f"--seed: must lie between 0 and a billion, not {10**20}"),
     (imputation.main, ["--steps", "many"], "--steps: invalid int value: 'many'"),
-    (gradient_variance.main, ["--run", "x", "--xi", "inf"], "--xi: must lie between 0.0001 and a billion, not inf"),
+    (linear_masks.main, ["--lr", "nan"], "--lr: must lie between 1e-09 and a billion, not nan"),
+    (speed.main, ["--shape", "1", "0", "4"], "--shape: must lie between 1 and"),
+    (gradient_variance.main, ["--run", "x", "--xi", "inf"], "--xi: must lie between 0.001 and a billion, not inf"),
     (generation.main, ["--results", "/dev/null/a"], "--results: [Errno 20] Not a directory: '/dev/null/a'")])
 def test_what_cannot_be_drawn_or_written_is_one_line_before_the_work(capsys, main, flags, message):
     with pytest.raises(SystemExit):
@@ -135,6 +137,15 @@ def test_damaged_results_are_one_line(tmp_path, damaged):
         with pytest.raises(SystemExit) as exit:
             main([*flags, "--results", str(tmp_path)])
         assert "json is damaged, or no results of this experiment: move it away" in exit.value.code
+
+
+def test_the_first_picture_asks_for_three_sizes(tmp_path):
+    sizes = json.loads((RESULTS / "runtime-cpu.json").read_text())
+    sizes["runs"] = dict([*sizes["runs"].items()][:2])
+    (tmp_path / "runtime-cpu.json").write_text(json.dumps(sizes))
+    with pytest.raises(SystemExit) as exit:
+        claim.main(["--results", str(tmp_path)])
+    assert "has fewer than three sizes: run experiments.runtime with its defaults" in exit.value.code
 
 
 @pytest.mark.parametrize("actnorm", ["none", "moments"])
@@ -160,10 +171,11 @@ def test_the_ablation_measures_what_train_mnist_does_and_goes_on_from_what_it_ha
     assert ablation.rows(runs)[1] in capsys.readouterr().out
     other = tmp_path / "other"
     other.mkdir()
-    for flags, message in ((["--lr", "1e-3"], "command is"), (["--data", str(one_pixel_brighter(other))], "images is")):
+    for flags, message in ((["--lr", "1e-3"], "command is"), (["--data", str(one_pixel_brighter(other))], "images is"),
+                           (["--seed", "5"], "--seed is set by the experiment"), (["--no-map"], "--map is set by")):
         with pytest.raises(SystemExit) as exit:
             ablation.main([*ablated, *flags])
-        assert message in exit.value.code and "move it away" in exit.value.code
+        assert message in exit.value.code
 
 
 def test_a_training_of_the_ablation_that_breaks_down_is_a_cell_of_the_table(tmp_path):
@@ -373,6 +385,8 @@ def test_the_race_stops_at_the_level(tmp_path, capsys, monkeypatch):
     assert (tmp_path / "race-cpu.png").stat().st_size > 1000
     nowhere = {name: run | {"curve": run["curve"][:1]} for name, run in runs.items()}
     assert race.rows(nowhere)[0] == "| 784 | – | – | – | – | – |" and race.picture(nowhere)
+    at_once = {name: run | {"curve": [[0, 0.0, 0.0], [4, 1.0, 0.0]]} for name, run in runs.items()}
+    assert race.rows(at_once)[0] == "| 784 | – | – | – | – | – |" and race.picture(at_once)
     with pytest.raises(SystemExit) as exit:
         race.main([*shared, "--data", str(one_pixel_brighter(tmp_path))])
     assert "images is" in exit.value.code

@@ -316,7 +316,7 @@ def test_a_singular_weight_is_an_error_that_names_the_layer():
     (lambda: cnn_flow((1, 4, 4), 3, 2).score(torch.zeros(0, 1, 4, 4)), r"not torch.float32 \(0, 1, 4, 4\)"),
     (lambda: EBFlow([layers.AffineCoupling(torch.nn.Linear(2, 2))], (4,))(torch.zeros(5, 4)),
      r"network of a coupling must map \(5, 2\) to \(5, 4\), not to \(5, 2\)"),
-    (lambda: layers.AffineCoupling(None, floor=0.5, tanh=True), "floor must be 0 or .* with sigmoid"),
+    (lambda: layers.AffineCoupling(None, floor=0.5, tanh=True), "floor must be 0, or .* with sigmoid"),
     (lambda: Squeeze().output_shape((2, 4)), "even H, W"), (lambda: Squeeze().output_shape((1, 4, 3)), "even H, W"),
     (lambda: Convolution(1, 4), "odd"),
     (lambda: SmoothLeakyReLU(alpha=0.0), "alpha must lie in"),

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 import train_mnist
-from conftest import checkpoint, stop_after
+from conftest import checkpoint, stop_after, under_torchrun
 from ebflow import fc_flow
 from losses import OBJECTIVES
 from support import processes
@@ -117,7 +117,10 @@ def test_two_processes_do_not_touch_a_run_that_is_there_and_each_says_so_in_one_
 
 
 def test_what_cannot_be_shared_is_one_line(monkeypatch):
-    monkeypatch.setitem(os.environ, "WORLD_SIZE", "2")
+    monkeypatch.setenv("WORLD_SIZE", "many")
+    with processes.joined("cpu", None):  # without torchrun it says nothing
+        pass
+    under_torchrun(monkeypatch, 2)
     for shared, message in ((None, "start it without torchrun"),
                             ({"--batch-size": 51}, "2 processes cannot share --batch-size 51 alike")):
         with pytest.raises(processes.RunError, match=message), processes.joined("cpu", shared):
@@ -135,6 +138,6 @@ def test_the_device_is_the_one_that_was_asked_for(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with processes.joined("auto") as device:
         assert device == torch.device("cuda:0")
-    monkeypatch.setitem(os.environ, "LOCAL_RANK", "1")
+    under_torchrun(monkeypatch, 1, index=1)
     with pytest.raises(processes.RunError, match="none for process 2"), processes.joined("auto"):
         pass

@@ -172,7 +172,7 @@ def test_every_recipe_of_the_energies_is_of_settings_that_this_sampler_has(sampl
     (["--optimizer", "sgd"], "argument --optimizer: invalid choice"),
     (["--out", ""], "--out must be a directory of its own, not the working directory"),
     (["--s", "1e-320"], "--s must be at least 0.01, not 1e-320"), (["--bias", "1e308"], "--bias must be at most 100"),
-    (["--diagonal=-1e-30"], "--diagonal must be away from 0 by at least 0.01, not -1e-30"),
+    (["--diagonal=-1e-30"], "--diagonal must be away from 0 by at least 0.1, not -1e-30"),
     (["--bend=-1e308"], "must be at least -1000"),
     (["--loss", "fdssm", "--xi", "1e-320"], "--xi must be at least 0.001, not 1e-320"),
     (["--loss", "fdssm", "--xi", "1e308"], "--xi must be at most 1000"), (["--sigma", "1e38"], "must be at most 1000"),

@@ -12,7 +12,7 @@ import torch
 
 import losses
 import train_ebm
-from conftest import assert_same_bits, checkpoint, failing, stop_after, timeless
+from conftest import assert_same_bits, checkpoint, failing, stop_after, timeless, under_torchrun
 from data import TOYS, Mixture, gmm40, mixture
 from experiments import balanced
 from sampling import Report
@@ -538,12 +538,14 @@ def test_errors_are_one_line(finished, tmp_path, capsys, monkeypatch):
     assert "invalid choice: 'gibbs'" in fails(capsys, "--sampler", "gibbs")
     assert "--dim must be 2 for --data swirl" in fails(capsys, "--data", "swirl", "--dim", "3")
     assert "--weights is not a setting of" in fails(capsys, "--data", "gmm40", "--weights", "1,2")
-    assert "invalid shares value: '1,-2'" in fails(capsys, "--weights", "1,-2")
+    for weights in ("1,-2", "1e308,1e308", "1e-200,1e200"):
+        assert f"invalid shares value: '{weights}'" in fails(capsys, "--weights", weights)
+    assert "--distance must be at most 100" in fails(capsys, "--distance", "1000")
     assert "--hottest must be above 1" in fails(capsys, "--sampler", "tempering", "--hottest", "1")
     assert "is not a setting of" in fails(capsys, "--replicas", "3")
     assert "--dim must be at least 2" in fails(capsys, "--dim", "1")
     assert "--chains must be above 0" in fails(capsys, "--chains", "0")
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    under_torchrun(monkeypatch, 2)
     assert "start it without torchrun" in fails(capsys, *arguments(tmp_path / "two"))
 
 
@@ -614,11 +616,12 @@ def test_a_step_runs_on_the_meta_device(sampler, adjusted):
 
 def test_the_experiment_makes_its_table_and_figures_and_trains_nothing_twice(tmp_path, capsys, monkeypatch, bare):
     small = [*arguments("unused")[2:], "--runs", str(tmp_path), "--results", str(tmp_path / "results"), "--seeds", "0"]
-    balanced.main(["--dims", "2", *small])
+    cells = [cell for cell in balanced.CELLS if "100" not in cell]  # which has --local-steps of its own
+    balanced.main(["--dims", "2", "--cells", *cells, *small])
     printed = capsys.readouterr().out
     assert {p.name for p in (tmp_path / "results").iterdir()} == {"balanced.json", "ebm-weights.png", "ebm-density.png"}
     lines = [line.split(" | ") for line in printed.splitlines() if line.startswith("| 2 |")]
-    assert [line[1] for line in lines] == list(balanced.CELLS)
+    assert [line[1] for line in lines] == cells
     # gradients of a round and the energies of its jump, or of the swaps of eight temperatures; --local-steps is 3
     assert {line[1]: line[-1].split()[0] for line in lines if "short" not in line[1]} == {
         "flow": "6", "flow, which is the base as well": "6", "flow alone": "–", "tempering": "40", "langevin": "4",
@@ -626,12 +629,27 @@ def test_the_experiment_makes_its_table_and_figures_and_trains_nothing_twice(tmp
     with monkeypatch.context() as patched:
         patched.setattr(train_ebm, "train", None)
         patched.setattr(train_ebm, "fit_flow", None)
-        balanced.main(["--dims", "2", *small])
+        balanced.main(["--dims", "2", "--cells", *cells, *small])
     balanced.main(["--dims", "3", "--cells", "flow", "flow alone", *small])  # beside what is there
     balanced.main(["--dims", "2", "--cells", "flow", *small, "--results", str(tmp_path / "elsewhere"), "--seeds", "1"])
     table = json.loads((tmp_path / "results" / "balanced.json").read_text())["runs"]
     assert {(row["dim"], row["cell"]) for row in table} == {
-        *((2, cell) for cell in balanced.CELLS), (3, "flow"), (3, "flow alone")}
+        *((2, cell) for cell in cells), (3, "flow"), (3, "flow alone")}
+
+
+def test_the_experiment_refuses_what_it_would_not_do_in_one_line(tmp_path, capsys):
+    small = [*arguments("unused")[2:], "--runs", str(tmp_path), "--results", str(tmp_path), "--dims", "2"]
+    stopped = failing(balanced.main)
+    assert "--sampler is set by the experiment" in stopped(capsys, *small, "--cells", "langevin", "--sampler", "short")
+    assert "--data is set by the experiment" in stopped(capsys, *small, "--data", "swirl")
+    path, run = tmp_path / "balanced.json", tmp_path / "balanced-d2-langevin-seed0"
+    path.write_text('{"flags": ["--lr", "1"], "runs": []}')
+    assert "is of runs with other flags, ['--lr', '1']" in stopped(capsys, *small)
+    path.unlink()
+    run.mkdir()
+    (run / "config.json").write_text("{")
+    (run / "metrics.jsonl").write_text("{}\n")
+    assert "config.json is damaged" in stopped(capsys, *small, "--cells", "langevin", "--seeds", "0")
 
 
 def test_a_run_that_breaks_down_is_an_entry_of_the_table_and_not_its_end(tmp_path, capsys):

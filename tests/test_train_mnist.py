@@ -23,7 +23,7 @@ import torch
 
 import losses
 import train_mnist
-from conftest import assert_same_bits, checkpoint, failing, stop_after, timeless
+from conftest import assert_same_bits, checkpoint, failing, stop_after, timeless, under_torchrun
 from data import dequantize, load_images
 from ebflow import EBFlow, fc_flow, glow_flow, logit_preprocessing
 from experiments.trained import load_mnist
@@ -363,6 +363,8 @@ def test_a_run_of_published_settings_can_be_taken_further_and_ends_as_if_asked_a
     main(arguments(data, tmp_path / "further", *flags, "--epochs", "3", "--resume"))
     assert_same_bits(*(checkpoint(tmp_path / name)["state"] for name in ("whole", "further")))
     assert timeless(rows(tmp_path / "whole")) == timeless(rows(tmp_path / "further"))
+    fewer = arguments(data, tmp_path / "further", *flags, "--epochs", "2", "--resume")
+    assert "checkpoint.pt is of epoch 3: raise --epochs" in fails(capsys, *fewer)
     main(arguments(data, tmp_path / "cosine", "--arch", arch, "--epochs", "1"))  # which depends on the epochs
     line = fails(capsys, *arguments(data, tmp_path / "cosine", "--arch", arch, "--epochs", "3", "--resume"))
     assert "epochs is 1 there and 3 here" in line
@@ -1018,7 +1020,7 @@ def test_bad_options_are_one_line(data, tmp_path, capsys, flags, message):
 
 
 def test_joined_processes_must_divide_the_batch_and_the_samples_of_the_model(data, tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "3")
+    under_torchrun(monkeypatch, 3)
     line = fails(capsys, *arguments(data, tmp_path))
     assert "3 processes cannot share --batch-size 50 alike" in line
     line = fails(capsys, *arguments(data, tmp_path, "--batch-size", "51", "--loss", "sml", "--model-samples", "50"))

@@ -12,7 +12,7 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
-from conftest import assert_same_bits, checkpoint, compiler, failing, stop_after, timeless
+from conftest import assert_same_bits, checkpoint, compiler, failing, stop_after, timeless, under_torchrun
 import losses
 import train_toy
 from data import TOYS, Toy
@@ -371,7 +371,7 @@ def test_errors_are_one_line(everything, tmp_path, capsys, monkeypatch):
     assert "--lr must be above 0" in fails(capsys, "--lr", "0")
     assert "nothing to resume" in fails(capsys, *arguments(tmp_path / "none", "--resume"))
     assert "not enough memory" in fails(capsys, *arguments(tmp_path / "large", "--width", "1000000"))
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    under_torchrun(monkeypatch, 2)
     assert "start it without torchrun" in fails(capsys, *arguments(tmp_path / "two"))
 
 
