@@ -66,7 +66,7 @@ def picture(runs):
     axes = figure.subplots()
     ticks = [784 * n for n in sizes(runs)]
     for i, method in enumerate(METHODS):
-        points = [(784 * n, best[1]) for n in sizes(runs) if (best := arrivals(runs, n)[method])]
+        points = [(784 * n, best[1]) for n in sizes(runs) if (best := arrivals(runs, n)[method]) and best[1]]
         axes.loglog(*zip(*points) if points else ([], []), "o-", ms=4, color=f"C{i}", label=method)
     axes.set(xlabel="D", ylabel="seconds of training", title=f"to {LEVEL:,} nats per digit on the validation split",
              xticks=ticks, xticklabels=[f"{D:,}" for D in ticks])
