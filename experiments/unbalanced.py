@@ -263,8 +263,9 @@ def main(argv=None):
                           components=a.components, flags=flags)
         todo = [(cell, seed) for seed in a.seeds for cell in a.cells if f"{cell} seed {seed}" not in result["runs"]]
         todo.sort(key=lambda job: "tempering" not in job[0])  # the slowest first
-        network, accuracy = classifier(data)
-        print(f"the classifier is right on {accuracy:.2%} of the test images", flush=True)
+        if todo:
+            network, accuracy = classifier(data)
+            print(f"the classifier is right on {accuracy:.2%} of the test images", flush=True)
         with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
             try:
                 flows = {seed: pool.submit(fit, seed, data, flags) for _, seed in todo}

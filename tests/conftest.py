@@ -75,6 +75,17 @@ def assert_same_bits(a, b):
 
 
 @pytest.fixture
+def captured(monkeypatch):
+    """What torch.compile captures as one graph is carried out by the operations of torch, and not translated to C++."""
+    def capture(function, options, **rest):
+        assert options == {"fallback_random": True} and rest.pop("fullgraph")
+        return compile(function, backend="aot_eager", fullgraph=True, **rest)
+
+    compile = torch.compile
+    monkeypatch.setattr(torch, "compile", capture)
+
+
+@pytest.fixture
 def no_pictures(monkeypatch):
     """Drawing takes longer than the small runs of most tests."""
     monkeypatch.setattr(Run, "picture", lambda self, name, figure: None)

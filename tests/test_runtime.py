@@ -54,7 +54,9 @@ def rows_of(path):
 def test_the_experiment_runs_goes_on_and_skips_what_takes_too_long(tmp_path, capsys, monkeypatch):
     shared = ["--channels", "1", "--batch-size", "4", "--seconds", "0.1", "--results", str(tmp_path), "--device", "cpu"]
     fc, cnn = ["--archs", "fc", "--sides", "4", "8", "12", *shared], ["--archs", "cnn", "--sides", "4", *shared]
-    runtime.main(fc)
+    with monkeypatch.context() as patch:
+        patch.setattr(runtime, "picture", lambda rows: Figure())
+        runtime.main(fc)
     assert "fc ms ∝ D^x, x: ml " in capsys.readouterr().out
     runtime.main(cnn)
     path = tmp_path / "runtime-cpu.json"

@@ -12,7 +12,7 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
-from conftest import assert_same_bits, checkpoint, compiler, failing, stop_after, timeless, under_torchrun
+from conftest import assert_same_bits, checkpoint, failing, stop_after, timeless, under_torchrun
 import losses
 import train_toy
 from data import TOYS, Toy
@@ -334,10 +334,9 @@ def test_a_resumed_run_goes_on_counting_its_time(tmp_path, monkeypatch, bare):
     assert 1000 < read_metrics(tmp_path)[-2]["seconds"] < read_metrics(tmp_path)[-1]["seconds"] < 1060
 
 
-@compiler
 def test_a_compiled_run_that_is_stopped_and_resumed_ends_exactly_like_an_undisturbed_one(
-        tmp_path, monkeypatch, bare):
-    """To compile takes long: the run that goes on from a copy of the first checkpoints stands for one that stopped."""
+        tmp_path, monkeypatch, bare, captured):
+    """The run that goes on from a copy of the first checkpoints stands for one that stopped."""
     flags, save = ["--data", "sine", "--loss", "dsm", "--compile", "--steps", "2"], Run.save
 
     def copying(self, row, state, shown=()):
