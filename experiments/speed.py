@@ -2,6 +2,7 @@
 
     python -m experiments.speed
     python -m experiments.speed --arch cnn
+    python -m experiments.speed --profile      what the time of a step here goes to
 
 A step is all that training does for one batch: data, pre-processing, objective, gradient, optimiser, moving average.
 
@@ -44,6 +45,9 @@ from support.run import one_line_errors
 
 
 KINDS = ["plain", "here", "compiled"]
+PARTS = {  # by the beginning of an operation's name
+    "products": ("mm", "addmm", "bmm", "mkldnn_", "convolution_"), "copies": ("copy_", "cat", "fill_", "clone"),
+    "factorisations": ("linalg_lu", "linalg_solve", "_linalg_"), "the rest": ("",)}
 
 
 class Products(TorchDispatchMode):
@@ -141,6 +145,20 @@ def interleaved(functions, repeats, device, calls=10):
     return {name: statistics.median(t) for name, t in times.items()}
 
 
+def profiled(function, steps=10):
+    """Milliseconds of a step by PARTS, on the CPU.   -> {part: float}"""
+    function()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        for _ in range(steps):
+            function()
+    ms = dict.fromkeys(PARTS, 0.0)
+    for event in profile.key_averages():
+        name = event.key.removeprefix("aten::")
+        part = next(part for part, names in PARTS.items() if name.startswith(names))
+        ms[part] += event.self_cpu_time_total / 1000 / steps
+    return ms
+
+
 def floor(loss, make):
     """What repeats the products of a step that make(kind, device) makes. Recorded on a CPU: a graph hides them."""
     step, products = make("here", torch.device("cpu")), Products()
@@ -168,6 +186,7 @@ def main(argv=None):
     parser.add_argument("--shape", type=at_least(1), nargs=3, metavar=("C", "H", "W"),
                         help="random images, in place of MNIST")
     parser.add_argument("--batch-size", type=at_least(1), help="by default 100, for the toys 512")
+    parser.add_argument("--profile", action="store_true", help="time the parts of the step here, on a CPU")
     parser.add_argument("--repeats", type=at_least(1), default=12, help="blocks of ten steps of each kind")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     a = parser.parse_args(argv)
@@ -187,7 +206,14 @@ def experiment(a, device):
                 return step_of_toys(kind, loss, batch_size, device)
             return step_of_images(kind, a.arch, loss, images, batch_size, device)
 
+        if a.profile:
+            ms = profiled(make("here", torch.device("cpu")))
+            cells = [f"{t:.1f}" for t in (sum(ms.values()), *ms.values())]
+            print(f"| {a.arch} | {loss} | " + " | ".join(cells) + " |")
+            continue
         functions |= {(loss, kind): make(kind, device) for kind in kinds} | {(loss, "floor"): floor(loss, make)(device)}
+    if a.profile:
+        return
     median = interleaved(functions, a.repeats, device)
 
     ratios = [(a, b) for a, b in (("plain", "here"), ("plain", "compiled"), ("here", "floor"), ("compiled", "floor"))

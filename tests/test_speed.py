@@ -65,6 +65,21 @@ def test_the_time_of_a_step_is_the_median_over_blocks_of_ten(monkeypatch):
     assert len(calls) == 1 + 3 * 10
 
 
+def test_the_parts_of_a_step_add_up_to_its_time_and_have_their_names():
+    A, x = torch.randn(300, 300), torch.randn(300, 300)
+
+    def step():
+        x @ A
+        torch.linalg.slogdet(A)
+        x.clone()
+        x.sin()
+
+    ms = speed.profiled(step)
+    whole = min(speed.timed(step, torch.device("cpu")) for _ in range(5))
+    assert all(t > 0 for t in ms.values()) and 0.3 * whole < sum(ms.values()) / 1000 < 10 * whole
+    assert ms["factorisations"] > ms["copies"] and speed.profiled(lambda: x @ A)["factorisations"] == 0
+
+
 def test_the_table_has_a_row_for_each_objective_and_ratios_of_its_times(capsys, monkeypatch, images):
     monkeypatch.setattr(speed, "load_images", lambda directory: (images, None, None))
     speed.main(["--batch-size", "8", "--repeats", "1", "--kinds", "plain", "here", "--device", "cpu"])
