@@ -86,6 +86,8 @@ def damage(directory, kind):
         path.write_bytes(data[:100] + bytes([data[100] ^ 1]) + data[101:])
     elif kind == "stub":
         path.write_bytes(gzip.compress(b"\0\0\x08"))
+    elif kind == "many axes":
+        path.write_bytes(gzip.compress(b"\0\0\x08" + bytes([70]) + 70 * b"\0\0\0\x01" + b"\0"))
     elif kind == "labels":
         write_idx(path, torch.zeros(300, dtype=torch.uint8))
     elif kind == "no pixels":
@@ -98,7 +100,7 @@ def damage(directory, kind):
     ("missing", "no train-images-idx3-ubyte.gz"), ("truncated", "cannot read .*train-images"),
     ("not gzip", "cannot read .*train-images"), ("not idx", "not an IDX file"),
     ("short", "4799 bytes of data, its header promises 4800"), ("flipped", "cannot read .*train-images"),
-    ("stub", "not an IDX file"), ("labels", "1 axes"),
+    ("stub", "not an IDX file"), ("many axes", "not an IDX file"), ("labels", "1 axes"),
     ("no pixels", r"holds images without pixels: their shape is \(1, 0, 4\)"),
     ("other size", r"\(1, 5, 5\), test images \(1, 4, 4\)")])
 def test_a_bad_file_is_named_with_what_was_expected(tmp_path, kind, message):

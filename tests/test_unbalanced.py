@@ -44,12 +44,15 @@ def test_held_out_images_have_the_proportions_of_the_data_and_equal_draws_have_h
     assert (network(data.sample(4000, equally=True)) > 0).double().mean().item() == pytest.approx(0.5, abs=0.005)
 
 
-def judged(energy, flow, rounds):
+def judge_of(flow):
     truth = Mixture([0.8, 0.2], [[-2.0, 0.0], [2.0, 0.0]])
     data = SimpleNamespace(sample=truth.sample, held_out=truth.sample(20_000), share=0.2)
-    s = settings.parse(settings.Ebm, ["--chains", "300"])
-    row, draws = Judge(s, data, lambda x: x[:, 0], flow)(energy, rounds)
-    return row, draws, truth
+    return Judge(settings.parse(settings.Ebm, ["--chains", "300"]), data, lambda x: x[:, 0], flow), truth
+
+
+def judged(energy, flow, rounds):
+    judge, truth = judge_of(flow)
+    return *judge(energy, rounds), truth
 
 
 def test_the_judge_adapts_its_flow_to_a_density_and_finds_its_proportion_and_its_nll():
@@ -61,6 +64,17 @@ def test_the_judge_adapts_its_flow_to_a_density_and_finds_its_proportion_and_its
     assert row["tv"] == pytest.approx(abs(row["share"] - 0.2)) and row["ess"] > 0.1
     assert row["nll"] == pytest.approx(-p.log_prob(truth.sample(200_000)).mean().item(), abs=0.05)
     assert (draws[:, 0] > 0).double().mean().item() == pytest.approx(0.4, abs=0.25)  # of 64
+
+
+def test_the_judge_does_not_lose_the_mass_that_only_the_first_flow_reaches():
+    """The other one stands for a flow that adapted to the first mode alone, and overflows in the second one."""
+    p = Mixture([0.6, 0.4], [[-2.0, 0.0], [2.0, 0.0]])
+    judge, _ = judge_of(gaussian(2 * torch.randn(1000, 2)))
+    left = torch.distributions.MultivariateNormal(torch.tensor([-2.0, 0.0]), 0.1 * torch.eye(2))
+    judge.flow = SimpleNamespace(sample=lambda n: left.sample((n,)),
+                                 log_prob=lambda x: left.log_prob(x).where(x[:, 0] < 0, math.nan))
+    row, _ = judge(lambda x: -p.log_prob(x), 0)
+    assert abs(row["share"] - (0.4 + 0.2 * torch.special.ndtr(torch.tensor(-2.0)).item())) < 4 * row["share_se"] < 0.03
 
 
 def test_where_few_draws_carry_the_weight_no_proportion_is_given():
