@@ -272,7 +272,7 @@ CHANGES = [
     ("support/settings.py", "epochs=1000, s=0.75, bias=0.01)", "epochs=1000, s=0.5, bias=0.01)", "settings published"),
     ("support/settings.py", "if s.out is not None and s.out.resolve() == Path.cwd():", "if False:",
      "settings wrong_flag"),
-    ("support/settings.py", 'abs(value) if limit == "apart" else value', "value", "settings wrong_flag"),
+    ("support/settings.py", 'abs(value) if limit == "apart" else value', "value", "settings published"),
     ("support/settings.py", "if not all(0 < weight <= 1 for weight in weights):", "if False:", "train_ebm errors"),
     ("support/settings.py", "apart=0.1,", "apart=1e-40,", "settings wrong_flag"),
     ("support/run.py", 'if (self.state["epoch"] or 0) > self.config.get("epochs", math.inf):', "if False:",

@@ -171,6 +171,7 @@ def test_a_numpy_file_of_bytes_is_read_grey_or_in_colour(tmp_path, channels):
     (lambda: np.zeros((70, 4, 4)), "holds float64, not bytes: save images of 0 … 255 as uint8"),
     (lambda: np.zeros(70, np.uint8), r"has the shape \(70,\): images are"),
     (lambda: np.zeros((70, 3, 32, 32), np.uint8), r"1, 3 or 4 channels C"),
+    (lambda: np.zeros((70, 4, 4, 2), np.uint8), r"1, 3 or 4 channels C"),
     (lambda: np.zeros((70, 0, 4), np.uint8), "images without pixels"),
     (lambda: np.zeros((5, 4, 4), np.uint8), "too few"),
     (lambda: np.array([np.zeros((2, 2)), np.zeros(3)], object), "one array of images of one shape")])
