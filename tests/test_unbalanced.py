@@ -109,7 +109,7 @@ def test_errors_are_one_line(tmp_path, capsys):
     assert "MNIST has 0 training images of the digit 12: cannot take 500" in fails(capsys, "--digits", "0", "12", *out)
     assert "5923 training images of the digit 0: cannot take 6000" in fails(capsys, "--counts", "6000", "500", *out)
     assert "--digits must be two different ones, not 3 twice" in fails(
-        capsys, "--digits", "3", "3", "--components", "6000", *out)
+        capsys, "--digits", "3", "3", "--components", "800", *out)
     assert "--dim is set by the experiment" in fails(capsys, "--dim", "5", *out)
     assert "--sampler is set by the experiment" in fails(capsys, "--sampler", "short", *out)
     assert "--chains must be at least 4, not 3" in fails(capsys, "--chains", "3", *out)
