@@ -8,7 +8,7 @@ machine hit all of them, and medians are kept. Operations are counted on the dev
 products and convolutions by torch's own formulas, factorisations and solves by those below. A step is not timed if its
 operations and the speed of a product say that it takes longer than --longest.
 
-The experiment takes 2.5 minutes on two cores; with --archs fc --seconds 1.5 it takes 26 seconds on an H100. It writes
+The experiment takes 4.5 minutes on two cores; with --archs fc --seconds 1.5 it takes 26 seconds on an H100. It writes
 results/runtime-DEVICE.json after every size, and continues from it; then results/runtime-DEVICE.png, with the slopes of
 straight lines fitted to the logarithms. It prints the table of docs/results.md.
 Source: Chao et al. (2023), the runtime comparison.
