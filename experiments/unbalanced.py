@@ -21,6 +21,8 @@ import argparse
 import copy
 import math
 import multiprocessing
+import signal
+import threading
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
@@ -29,6 +31,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from matplotlib.figure import Figure
+from tqdm import tqdm
 
 import losses
 import train_ebm
@@ -198,6 +201,12 @@ def run(cell, seed, data, flags, network, flow):
     return row | {"looks": looks, "seconds": time.perf_counter() - start}, draws
 
 
+def silently_stopped():
+    """In a worker: SIGTERM ends it, prints nothing and leaves no lock of a progress bar behind."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    tqdm.set_lock(threading.RLock())
+
+
 def rows(runs):
     """The table of docs/results.md: a figure for each seed."""
     for cell in CELLS:
@@ -267,7 +276,7 @@ def main(argv=None):
         if todo:
             network, accuracy = classifier(data)
             print(f"the classifier is right on {accuracy:.2%} of the test images", flush=True)
-        with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
+        with ProcessPoolExecutor(2, multiprocessing.get_context("spawn"), silently_stopped) as pool:
             try:
                 flows = {seed: pool.submit(fit, seed, data, flags) for _, seed in todo}
                 running = {pool.submit(run, *job, data, flags, network, flows[job[1]].result()): job for job in todo}

@@ -83,7 +83,7 @@ def test_where_few_draws_carry_the_weight_no_proportion_is_given():
 
 
 def test_the_experiment_makes_its_table_and_figures_and_trains_nothing_twice(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(unbalanced, "ProcessPoolExecutor", lambda n, context: ThreadPoolExecutor(1))
+    monkeypatch.setattr(unbalanced, "ProcessPoolExecutor", lambda n, context, initializer: ThreadPoolExecutor(1))
     monkeypatch.setattr(unbalanced, "ROUNDS", (1, 3))
     monkeypatch.setattr(unbalanced, "DRAWS", 500)
     small = ["--results", str(tmp_path), "--seeds", "0", "--steps", "6", "--start-steps", "20", "--chains", "40",
