@@ -116,7 +116,7 @@ def make_step(s, pre, flow, model, averaged):
             track_moments(matched, z + s.sigma * noise if s.loss == "dsm" else z, fraction=0.1)
         optimizer.zero_grad()
         loss = gradient(z)
-        loss = processes.average(loss, parameters)                     # over those of torchrun
+        loss = processes.average(loss, parameters)                     # over torchrun's processes
         norm = get_total_norm([p.grad for p in parameters])
         if s.clip:
             clip_grads_with_norm_(parameters, s.clip, norm)

@@ -93,8 +93,6 @@ class Run(contextlib.AbstractContextManager):
         checkpoint = read_checkpoint(path)
         self._compare(path, checkpoint["config"])
         self.state, self.metrics = State(checkpoint["state"]), checkpoint["metrics"]
-        if (self.state["epoch"] or 0) > self.config.get("epochs", math.inf):
-            raise RunError(f"{path} is of epoch {self.state['epoch']}: raise --epochs")
         try:
             for name, part in self.parts.items():
                 part.load_state_dict(self.state[name])
@@ -106,6 +104,8 @@ class Run(contextlib.AbstractContextManager):
             raise
         except (KeyError, TypeError, ValueError, RuntimeError):  # of torch, when names or shapes differ
             raise RunError(OTHER_VERSION) from None
+        if self.state["epoch"] > self.config.get("epochs", math.inf):
+            raise RunError(f"{path} is of epoch {self.state['epoch']}: raise --epochs")
 
     def __exit__(self, kind, error, traceback):
         self.unlock()

@@ -84,6 +84,8 @@ def test_where_few_draws_carry_the_weight_no_proportion_is_given():
 
 def test_the_experiment_makes_its_table_and_figures_and_trains_nothing_twice(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(unbalanced, "ProcessPoolExecutor", lambda n, context, initializer: ThreadPoolExecutor(1))
+    fit, fits = unbalanced.fit, []
+    monkeypatch.setattr(unbalanced, "fit", lambda *arguments: fits.append(arguments) or fit(*arguments))
     monkeypatch.setattr(unbalanced, "ROUNDS", (1, 3))
     monkeypatch.setattr(unbalanced, "DRAWS", 500)
     small = ["--results", str(tmp_path), "--seeds", "0", "--steps", "6", "--start-steps", "20", "--chains", "40",
@@ -97,6 +99,7 @@ def test_the_experiment_makes_its_table_and_figures_and_trains_nothing_twice(tmp
         "unbalanced.json", "unbalanced.png", "unbalanced-draws.png"}
     runs = json.loads((tmp_path / "unbalanced.json").read_text())["runs"]
     assert {f"{cell} seed 0" for cell in cells} == runs.keys()
+    assert len(fits) == 2  # one flow for all, and the flow alone
     assert [look["update"] for look in runs["flow seed 0"]["looks"]] == [0, 1, 2, 3, 4, 5, 6]
     assert runs["flow seed 0"]["looks"][0]["chains"] == pytest.approx(0.5, abs=0.1)
     assert math.isfinite(runs["flow alone seed 0"]["nll"]) and runs["flow alone seed 0"]["ess"] == pytest.approx(1)
