@@ -220,15 +220,16 @@ def glow_flow(shape=(1, 28, 28), width=512, depth=16, blocks=2, floor=0.0, tanh=
 
     Half of the channels pass to the prior after each block but the last. The last actnorm is the mean and variance of
     that prior. The couplings' networks have `width` channels and end in zeros, so all couplings start at one scale and
-    at shift 0. With `tanh`, the couplings are the published ones, whose networks have LeakyReLU(0.1). ours: SiLU, and
-    the `floor` under the scales. The published flow splits channels off by one more coupling, which this one lacks.
-    Raises ValueError unless 2^blocks divides H and W.
+    at shift 0. With `tanh`, the couplings are the published ones, whose networks have LeakyReLU(0.1). ours: sigmoid
+    scales, SiLU, and the `floor` under the scales. The published flow splits channels off by one more coupling, which
+    this one lacks. Raises ValueError unless 2^blocks divides H and W.
     """
     def network(n, m):
         last = nn.Conv2d(width, m, 3, padding=1)
         nn.init.zeros_(last.weight), nn.init.zeros_(last.bias)
-        bend = nn.LeakyReLU(0.1) if tanh else nn.SiLU()
-        return nn.Sequential(nn.Conv2d(n, width, 3, padding=1), bend, nn.Conv2d(width, width, 1), bend, last)
+        activation = nn.LeakyReLU(0.1) if tanh else nn.SiLU()
+        first, middle = nn.Conv2d(n, width, 3, padding=1), nn.Conv2d(width, width, 1)
+        return nn.Sequential(first, activation, middle, activation, last)
 
     layers, channels = [], shape[0]
     for block in range(blocks):

@@ -105,7 +105,8 @@ class Convolution(LinearLayer):
     A convolution is a product with a D × D matrix M, D = C·H·W. So log|det J| = log|det M|, and the inverse solves a
     linear system with M. Both are exact.   x (B, C, H, W) -> y (B, C, H, W)
 
-    ours: with one channel, forward takes the rows of the image for channels. A CPU convolves a single channel slowly.
+    ours: with one channel, the rows of the image become the channels of a one-dimensional convolution. This takes H/k
+    times as many operations, but a CPU convolves a single channel slowly.
 
     w starts at diagonal · identity, each element of b at `bias`. Raises ValueError if k is even, and `inverse` raises
     torch.linalg.LinAlgError if M is singular.
@@ -387,7 +388,8 @@ class AffineCoupling(NonlinearLayer):
     s < 1 keeps the score from blowing up; a linear layer can undo the shrinking. `tanh` is the scale of the paper's
     Glow.   x (B, C, …) -> y (B, C, …), (B,)
 
-    ours: the `floor` under s. The inverse divides by s, but score matching does not constrain s away from the data.
+    ours: the sigmoid, and the `floor` under s. The inverse divides by s, but score matching does not constrain s away
+    from the data.
 
     Raises ValueError unless `floor` is 0 or in [0.001, 1), and 0 with `tanh`, and if the network's output has another
     shape. Source: Dinh et al., "RealNVP" (2017); Glow (2018) for the sigmoid.
@@ -439,7 +441,7 @@ class Logit(NonlinearLayer):
 
     log|dz/dx| = log(1 - 2ε) - log y - log(1 - y)      x (B, …) -> z (B, …), (B,)
 
-    ours: x is clamped to [0, 1]. Without MaP, the noise of dsm and fdssm can move it outside.
+    ours: x is clamped to [0, 1]. Without MaP, the noise of ssm and dsm, and the ε of fdssm, can move it outside.
     """
 
     eps = 1e-6

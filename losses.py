@@ -13,12 +13,12 @@ over dimensions. `ssm` and `fdssm` estimate `sm`; `dsm` is `sm` at the noisy poi
     fdssm      three energies and no ∇_x        O(D²L)
     dsm        one score                        O(D²L)
 
-The last four see only differences and derivatives of the energy in x. An additive constant such as log Z has none, so
-it gets no gradient. Every random tensor can be passed in. Arguments that do not fit raise ValueError.
+The last four see only differences and derivatives of the energy in x. An additive constant such as log Z changes
+neither, so it gets no gradient. Every random tensor can be passed in. Arguments that do not fit raise ValueError.
 
-`sm` and `ssm` need a continuous ∇E: a network with ReLU has a Hessian of 0 almost everywhere, and their minimum means
-nothing. Take SiLU, tanh or softplus, or `dsm`, which works with either. The sign of an energy is easily wrong: it is
-minus a log-density. `dsm` of E = 0 is D/2σ² on average; a trained energy is below that.
+`sm` and `ssm` need a continuous ∇E. The Hessian of a network with ReLU is 0 almost everywhere, so a constant energy is
+their minimum. Take SiLU, tanh or softplus, or `dsm`, which works with ReLU, too. The sign of an energy is easily wrong:
+it is minus a log-density. `dsm` of E = 0 is D/2σ² on average; a trained energy is below that.
 
 Source: Chao et al. (NeurIPS 2023); poster, Eqs. (2) to (7).
 """
@@ -69,8 +69,8 @@ def fdssm(energy, x, xi, eps=None):
         (D/ξ²) · ( E[ 2E(x) - E(x+ε) - E(x-ε) ] + ⅛ E[ (E(x+ε) - E(x-ε))² ] ),   ε uniform on the sphere ‖ε‖ = ξ
 
     eps like x, with norm ξ for each sample. The energy is called once, on 3B rows. If it takes a condition c, pass
-    c.repeat(3, 1). The rounding error of the value is about the machine epsilon times D·E/ξ², so float32 loses its
-    digits below ξ ≈ 0.01. Poster, Eq. (6).
+    c.repeat(3, 1). The rounding error of the value is about the machine epsilon times D·E/ξ². With E ≈ 1000, as on
+    MNIST, float32 loses its digits below ξ ≈ 0.01. Poster, Eq. (6).
     """
     eps = on_sphere(x, xi) if eps is None else eps
     D = x[0].numel()
@@ -110,7 +110,7 @@ def on_sphere(x, radius):
 
 
 def _grad(energy, x):
-    """A copy of x that is a leaf, and ∇E there as a function of it and of the parameters.   -> like x, like x"""
+    """x as a leaf, and ∇E there as a function of it and of the parameters.   -> like x, like x"""
     x = x.detach().requires_grad_()
     return x, torch.autograd.grad(energy(x).sum(), x, create_graph=True)[0]
 
@@ -124,7 +124,7 @@ def checked(objective):
     """The objective, which raises ValueError where an argument does not fit, before anything broadcasts silently."""
     signature = inspect.signature(objective)
 
-    def what(value):
+    def described(value):
         return f"{value.dtype} {tuple(value.shape)}" if torch.is_tensor(value) else f"a {type(value).__name__}"
 
     @functools.wraps(objective)
@@ -132,9 +132,9 @@ def checked(objective):
         if torch.compiler.is_compiling():
             return objective(*args, **named)
         bound = signature.bind(*args, **named)
-        (function, energy), (_, x), *rest = bound.arguments.items()
+        (argument, energy), (_, x), *rest = bound.arguments.items()
         if not torch.is_tensor(x) or x.dim() < 2 or x.numel() == 0 or not x.is_floating_point():
-            raise ValueError(f"x must be a batch of events in floating point, (B, …), not {what(x)}")
+            raise ValueError(f"x must be a batch of events in floating point, (B, …), not {described(x)}")
         if torch.is_inference_mode_enabled() or x.is_inference():
             raise ValueError("objectives differentiate the energy, which torch.inference_mode forbids: use no_grad")
         for name, value in rest:
@@ -144,26 +144,26 @@ def checked(objective):
                 elsewhere = torch.is_tensor(value) and not value.is_cpu  # a GPU would have to be waited for
                 if not (number and (elsewhere or least < value < torch.inf)):
                     raise ValueError(f"{name} must be one finite number above {least:.1g}, "
-                                     f"not {value if number else what(value)}")
+                                     f"not {value if number else described(value)}")
             elif name == "x_model" or name in ("v", "eps", "noise") and value is not None:
                 if not (torch.is_tensor(value) and value.dtype == x.dtype and value.shape[1:] == x.shape[1:]
                         and (len(value) == len(x) or name == "x_model" and len(value) > 0)):
-                    raise ValueError(f"{name} must be like x, {what(x)}, not {what(value)}")
+                    raise ValueError(f"{name} must be like x, {described(x)}, not {described(value)}")
 
         def values(x):
             E = energy(x) if callable(energy) else energy
             if not torch.is_tensor(E) or E.shape != x.shape[:1] or not E.is_floating_point():
-                write = "flow.log_prob" if function == "log_prob" else "flow.energy, lambda x: -flow().log_prob(x)"
-                raise ValueError(f"{function} must map {tuple(x.shape)} to one number for each sample, ({len(x)},), "
-                                 f"not to {what(E)}: pass {write}, or flatten (B, 1)")
+                example = "flow.log_prob" if argument == "log_prob" else "flow.energy, lambda x: -flow().log_prob(x)"
+                raise ValueError(f"{argument} must map {tuple(x.shape)} to one number for each sample, ({len(x)},), "
+                                 f"not to {described(E)}: pass {example}, or flatten (B, 1)")
             return E
 
-        bound.arguments[function] = values
+        bound.arguments[argument] = values
         try:
             return objective(*bound.args, **bound.kwargs)
         except RuntimeError as error:
             if "does not require grad" in str(error) or "not have been used in the graph" in str(error):
-                raise ValueError(f"{objective.__name__} cannot differentiate the {function} in x: write it without "
+                raise ValueError(f"{objective.__name__} cannot differentiate the {argument} in x: write it without "
                                  "detach and no_grad, and not linear in x") from error
             raise
 
@@ -172,7 +172,7 @@ def checked(objective):
 
 ml, sml, sm, ssm, fdssm, dsm = map(checked, (ml, sml, sm, ssm, fdssm, dsm))
 
-# --loss NAME minimises (model, batch, share, settings) -> (); `share` picks a process's rows (support/processes.py).
+# --loss NAME minimises (model, x, share, **settings) -> (). share(x) is this process's rows (support/processes.py).
 OBJECTIVES = {
     "ml": lambda model, x, share, **_: ml(model.log_prob, share(x)),
     "sml": lambda model, x, share, model_samples, **_: sml(model.energy, share(x), share(model.sample(model_samples))),

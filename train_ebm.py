@@ -28,7 +28,6 @@ One run fills one directory: density.png, mode_weights.png, metrics.jsonl, confi
 
 import copy
 import sys
-import time
 
 import support  # before torch: makes Ctrl-C and SIGTERM one line each
 import torch
@@ -63,7 +62,6 @@ def train(s, device):
     parts = {"model": model, "averaged": averaged, "optimizer": optimizer, "flow_optimizer": flow_optimizer}
     parts = {name: part for name, part in parts.items() if part}
     with Run(s, "lower --lr or --flow-lr", parts) as run:
-        start = time.perf_counter()
         if run.state["epoch"] < 0:
             if "flow" in (s.sampler, s.base):
                 start_from(s, model, fit_flow(s, data, device))
@@ -90,8 +88,6 @@ def train(s, device):
 
             row = {"epoch": epoch, "step": epoch * s.steps} | dict.fromkeys(FIGURES) | run.means
             row |= truth.figures(averaged, chains[0]) | {"step_size": step_size[0].item()}
-            row["seconds"] = time.perf_counter() - start + (run.metrics[-1]["seconds"] if epoch else 0.0)
-            start = time.perf_counter()
             state = {"epoch": epoch, "chains": chains, "step_size": step_size}
             run.save(row, state, shown=("val_kl", "tv", "ess", "acceptance", "global_acceptance"))
             for warning in warnings(s, row):

@@ -9,7 +9,6 @@ decides which epoch is kept, and the test split is read once, at the end. Recipe
 
 import copy
 import math
-import time
 
 import support  # before torch: makes Ctrl-C and SIGTERM one line each
 import torch
@@ -45,28 +44,23 @@ def train(s, device):
         print(model, flush=True)
         best = run.state["best"] if run.state["epoch"] >= 0 else {"epoch": 0, "val_nll": math.inf, "model": {}}
         for epoch in range(run.state["epoch"] + 1, s.epochs + 1):      # epoch 0 shows what the start alone is worth
-            start = time.perf_counter()
             torch.manual_seed(1_000_003 * s.seed + epoch)              # a resumed run has no generator to restore
             order = torch.randperm(len(train_set), device=device)[:steps * s.batch_size]
             batches = order.split(s.batch_size) if epoch else ()
             for i, index in enumerate(run.watch(epoch, batches)):
                 n = (epoch - 1) * steps + i                            # steps before this one
-                published = s.decay ** min(epoch - 1, 49)
-                factor = cosine(n / (s.epochs * steps)) if s.schedule == "cosine" else published
+                factor = cosine(n / (s.epochs * steps)) if s.schedule == "cosine" else s.decay ** min(epoch - 1, 49)
                 optimizer.param_groups[0]["lr"] = s.lr * factor
                 run.record(step(train_set[index], n))
-            rate = steps / (time.perf_counter() - start) if epoch else None
 
             evaluated = copy.deepcopy(averaged if s.ema else model)
-            if s.actnorm == "moments":                                 # of clean images: training saw noisy ones
+            if s.actnorm == "moments":                                 # ours: clean images; training saw noisy ones
                 torch.manual_seed(0)
                 track_moments(evaluated, dequantize(train_set[:5000]).view(-1, *model.shape))
-            row = {"epoch": epoch, "step": epoch * steps, "loss": None} | run.means  # of what was recorded
+            row = {"epoch": epoch, "step": epoch * steps, "loss": None} | run.means
             row |= evaluate("val", evaluated, val_set)                 # exact, with log Z
             if epoch and row["val_nll"] < best["val_nll"]:
                 best = {"epoch": epoch, "val_nll": row["val_nll"], "model": evaluated.state_dict()}
-            row["seconds"] = time.perf_counter() - start + (run.metrics[-1]["seconds"] if epoch else 0.0)
-            row["batches_per_second"] = rate
             run.save(row, {"epoch": epoch, "best": best}, shown=("loss", "batches_per_second"))
 
         model.load_state_dict(best["model"])
@@ -93,10 +87,10 @@ def make_step(s, pre, flow, model, averaged):
         optimizer = torch.optim.Adam(parameters, lr=s.lr, weight_decay=s.weight_decay, fused=True)
     else:
         optimizer = torch.optim.RMSprop(parameters, lr=s.lr, weight_decay=s.weight_decay)
-    objective, knobs = OBJECTIVES[s.loss], s.config()                  # losses.py: it takes its own settings from these
+    objective, config = OBJECTIVES[s.loss], s.config()                 # losses.py: it reads its own settings only
 
     def gradient(z):                                                   # leaves ∇_θ in p.grad
-        loss = objective(matched, z, share=processes.share, **knobs)
+        loss = objective(matched, z, share=processes.share, **config)
         if s.energy_weight > 0:                                        # λ·E(z), published for Glow alone
             loss = loss + s.energy_weight * matched.energy(processes.share(z)).mean()
         loss.backward(inputs=parameters)                               # not for z, which is a leaf in ssm and dsm, too
@@ -182,8 +176,8 @@ def build(s, images):
 def track_moments(flow, x, fraction=1.0):
     """ours: moves the last layer, an actnorm, this fraction of the way towards mean 0 and variance 1 of its output.
 
-    Score matching barely constrains the mean and scale of the flow's output. Likelihood does, and before the prior
-    N(0, I) these moments maximise it.
+    Score matching barely constrains the mean and scale of the flow's output. Likelihood does: under the prior N(0, I),
+    mean 0 and variance 1 maximise it.
     """
     flow.layers[-1].initialize(EBFlow(flow.layers[:-1], flow.shape)(x), fraction)
 

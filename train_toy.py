@@ -12,7 +12,6 @@ One run fills one directory: density.png, curves.png, metrics.jsonl, config.json
 
 import copy
 import math
-import time
 
 import support  # before torch: makes Ctrl-C and SIGTERM one line each
 import torch
@@ -40,7 +39,6 @@ def train(s, device):
     with Run(s, "lower --lr or raise --start-smoothing", parts) as run:
         best = run.state["best"] if run.state["epoch"] >= 0 else {"epoch": 0, "val_nll": math.inf, "model": {}}
         for epoch in range(run.state["epoch"] + 1, s.epochs + 1):      # epoch 0 shows what the start alone is worth
-            start = time.perf_counter()
             torch.manual_seed(1_000_003 * s.seed + epoch)              # a resumed run has no generator to restore
             for i in run.watch(epoch, range(s.steps if epoch else 0)):
                 n = (epoch - 1) * s.steps + i
@@ -49,14 +47,11 @@ def train(s, device):
                 sigma = noise_level(s, progress)
                 x = toy.sample(s.batch_size, device, 0.0 if s.loss == "dsm" else sigma)  # dsm adds it itself
                 run.record(step(x, torch.tensor(sigma, dtype=torch.float64, device=device), n))
-            rate = s.steps / (time.perf_counter() - start) if epoch else None
 
             row = {"epoch": epoch, "step": epoch * s.steps, "loss": None} | run.means
             row |= divergences("val", averaged, *val)
             if epoch and row["val_nll"] < best["val_nll"]:
                 best = {"epoch": epoch, "val_nll": row["val_nll"], "model": copy.deepcopy(averaged.state_dict())}
-            row["seconds"] = time.perf_counter() - start + (run.metrics[-1]["seconds"] if epoch else 0.0)
-            row["batches_per_second"] = rate
             run.save(row, {"epoch": epoch, "best": best}, shown=("val_kl", "val_fisher", "batches_per_second"))
 
         flow.load_state_dict(best["model"])
@@ -69,10 +64,10 @@ def make_step(s, flow, averaged):
     """A training step, (x (B, 2), σ (), n) -> {"loss": (), "grad_norm": ()} still on the device, and its optimiser."""
     parameters, averages = trainable(flow), trainable(averaged)
     optimizer = torch.optim.Adam(parameters, lr=s.lr, fused=True)
-    objective, knobs = OBJECTIVES[s.loss], s.config()                  # losses.py: it takes its own settings from these
+    objective, config = OBJECTIVES[s.loss], s.config()                 # losses.py: it reads its own settings only
 
     def gradient(x, sigma):                                            # leaves ∇_θ in p.grad
-        loss = objective(flow, x, share=processes.share, sigma=sigma, pooled=True, **knobs)
+        loss = objective(flow, x, share=processes.share, sigma=sigma, pooled=True, **config)
         loss.backward(inputs=parameters)                               # not for x, which is a leaf in ssm and dsm, too
         return loss.detach()
 
@@ -108,7 +103,7 @@ def truth(toy, n, seed, device):
 
 @torch.no_grad()
 def divergences(split, model, x, log_prob, score):
-    """NLL, KL and Fisher divergence in nats, each of the last two with its standard error."""
+    """NLL and KL in nats, and the Fisher divergence. The last two have standard errors."""
     model_log_prob = torch.cat([model.log_prob(batch) for batch in x.split(5000)])
     model_score = torch.cat([model.score(batch) for batch in x.split(5000)])
     kl = (log_prob - model_log_prob).double()

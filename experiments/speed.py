@@ -7,7 +7,8 @@
 A step is all that training does for one batch: data, pre-processing, objective, gradient, optimiser, moving average.
 
     plain      a competent first version: layers.py and losses.py in float32 with F.conv2d, loss.backward(), and Adam
-               and AveragedModel as torch gives them
+               and AveragedModel as torch gives them. It adds no noise for ssm and fdssm, does not clip, and leaves the
+               last actnorm alone
     here       the step of train_mnist.py or train_toy.py
     compiled   the same with --compile; on a CPU alone
     floor      the matrix products and convolutions of the step here, one after another and nothing between them. It
@@ -19,6 +20,7 @@ fc takes one minute, cnn two, toy and glow three, most of it to compile.
 """
 
 import argparse
+import contextlib
 import copy
 import statistics
 import time
@@ -111,11 +113,11 @@ def plain(s, flow, batch, **more):
     """A step as torch's tutorials write it.   -> () -> None"""
     optimizer = torch.optim.Adam(trainable(flow), lr=s.lr)
     average = AveragedModel(flow, avg_fn=get_ema_avg_fn(0.999))
-    knobs = s.config() | more
+    config = s.config() | more
 
     def step():
         optimizer.zero_grad()
-        OBJECTIVES[s.loss](flow, batch(), share=processes.share, **knobs).backward()
+        OBJECTIVES[s.loss](flow, batch(), share=processes.share, **config).backward()
         get_total_norm([p.grad for p in trainable(flow)])
         optimizer.step()
         average.update_parameters(flow)
@@ -161,23 +163,22 @@ def profiled(function, steps=10):
     return ms
 
 
-def floor(loss, make):
-    """What repeats the products of a step that make(kind, device) makes. Recorded on a CPU: a graph hides them."""
+def floor(make, device, precision):
+    """Repeats the matrix products of one step here, under the context precision().   -> () -> None
+
+    They are recorded on a CPU, because a CUDA graph hides them.
+    """
     step, products = make("here", torch.device("cpu")), Products()
     step()  # the first of ten moves the actnorm, too
     with products:
         step()
+    replay, x = Graphed(products.to(device), []), torch.zeros((), device=device)
 
-    def on(device):
-        replay, x = Graphed(products.to(device), []), torch.zeros((), device=device)
+    def call():
+        with precision():
+            replay(x)
 
-        def call():
-            with fast_products(loss):
-                replay(x)
-
-        return call
-
-    return on
+    return call
 
 
 def main(argv=None):
@@ -202,6 +203,8 @@ def experiment(a, device):
         images = torch.randint(0, 256, (2000, *a.shape), dtype=torch.uint8) if a.shape else load_images(MNIST)[0]
     kinds = [kind for kind in a.kinds if kind != "compiled" or device.type == "cpu"]
     functions = {}
+    if a.profile:
+        print(f"milliseconds of a step\n| flow | objective | step | {' | '.join(PARTS)} |")
     for loss in a.losses:
         def make(kind, device):
             if a.arch == "toy":
@@ -213,7 +216,9 @@ def experiment(a, device):
             cells = [f"{t:.1f}" for t in (sum(ms.values()), *ms.values())]
             print(f"| {a.arch} | {loss} | " + " | ".join(cells) + " |")
             continue
-        functions |= {(loss, kind): make(kind, device) for kind in kinds} | {(loss, "floor"): floor(loss, make)(device)}
+        precision = contextlib.nullcontext if a.arch == "toy" else partial(fast_products, loss)
+        functions |= {(loss, kind): make(kind, device) for kind in kinds}
+        functions[loss, "floor"] = floor(make, device, precision)
     if a.profile:
         return
     median = interleaved(functions, a.repeats, device)

@@ -26,8 +26,8 @@ class Graphed:
     """A gradient whose kernels a GPU records as one CUDA graph at the first call, and replays from then on.
 
     A step on a small batch is hundreds of short kernels, and python takes longer to start one than the GPU to run it.
-    What is recorded must not wait for the GPU, and sees only the tensors it is given and the parameters, which must
-    change in place. Random numbers are drawn anew in every replay. On another device it is the function itself.
+    Nothing recorded may wait for the GPU. It reads only its arguments and the parameters, and these must change in
+    place. Random numbers are drawn anew in every replay. On another device it is the function itself.
     Raises ValueError where an argument has another shape than at the first call.
     """
 
@@ -53,7 +53,7 @@ class Graphed:
         self.tensors, graph = [t.clone() for t in tensors], torch.cuda.CUDAGraph()
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.random.fork_rng([tensors[0].device]):  # a resumed run records at another step
+        with torch.random.fork_rng([tensors[0].device]):  # a resumed run draws these at another step
             with torch.cuda.stream(stream):
                 for _ in range(3):  # libraries set themselves up in their first calls; that is not to be recorded
                     self.function(*self.tensors)
@@ -95,12 +95,8 @@ def fast_products(loss):
     on_gpu = "ieee" if exact else "tf32"
     wanted = ((torch.backends.cuda.matmul, on_gpu), (torch.backends.cudnn.conv, on_gpu),
               (torch.backends.mkldnn.matmul, "ieee" if exact and amx else "bf16"))  # without AMX: oneDNN, in float32
-    before = []
-    for products, precision in wanted:
-        before.append(products.fp32_precision)
-        products.fp32_precision = precision
-    try:
-        yield
-    finally:
-        for (products, _), precision in zip(wanted, before):
+    with contextlib.ExitStack() as stack:  # puts back what was there
+        for products, precision in wanted:
+            stack.callback(setattr, products, "fp32_precision", products.fp32_precision)
             products.fp32_precision = precision
+        yield

@@ -7,6 +7,7 @@ import math
 import os
 import sys
 import textwrap
+import time
 import zipfile
 from pathlib import Path
 
@@ -81,6 +82,7 @@ class Run(contextlib.AbstractContextManager):
                 write(config, (json.dumps(self.config, indent=2) + "\n").encode())
             self.unlock = stack.pop_all().close
         print(textwrap.fill(str(self.config).strip("{}").replace("'", ""), 120), flush=True)
+        self.start = time.perf_counter()  # of the first epoch here
 
     def _compare(self, path, config):
         free = {"epochs"} if self.config.get("schedule") == "steps" else set()  # which does not look at their number
@@ -118,9 +120,9 @@ class Run(contextlib.AbstractContextManager):
 
     def watch(self, epoch, batches):
         """The batches of an epoch, behind a progress bar if standard error is a terminal. Afterwards `means` holds the
-        means of what the loop `record`ed. Raises RunError where that is not finite, and names the first such step. It
-        looks every 50 steps, since a GPU must be waited for to look."""
-        self.trace, self.names, steps = [], (), len(batches)
+        means of what the loop `record`ed, and batches per second. Raises RunError where a figure is not finite, and
+        names the first such step. It looks every 50 steps, since a GPU must be waited for to look."""
+        self.trace, self.names, steps, start = [], (), len(batches), time.perf_counter()
         silent = None if self.first else True  # None: where there is no terminal
         with tqdm(total=steps, desc=f"epoch {epoch}", leave=False, dynamic_ncols=True, disable=silent) as bar:
             for step, batch in enumerate(batches, start=1):
@@ -130,6 +132,7 @@ class Run(contextlib.AbstractContextManager):
                     self._look(epoch, step, bar)
         self.at = f"after epoch {epoch}"
         self.means = dict(zip(self.names, torch.stack(self.trace).mean(0).tolist())) if self.trace else {}
+        self.means["batches_per_second"] = steps / (time.perf_counter() - start) if self.trace else None
 
     def _look(self, epoch, step, bar):
         first = (step - 1) // 50 * 50
@@ -147,13 +150,14 @@ class Run(contextlib.AbstractContextManager):
         self.trace.append(torch.stack([*figures.values()]))
 
     def save(self, row, state, shown=()):
-        """Ends an epoch: adds the row to the metrics, prints the figures `shown`, writes checkpoint and metrics.
+        """Ends an epoch: adds the row and the seconds to the metrics, prints the figures `shown`, writes all.
 
         Raises RunError where val_nll is a number, and not finite.
         """
         if row["val_nll"] is not None and not math.isfinite(row["val_nll"]):
             at = f"after epoch {row['epoch']}"
             raise RunError(f"the validation NLL is {row['val_nll']} {at}: {self._remedy(at)}")
+        row["seconds"] = time.perf_counter() - self.start + (self.metrics[-1]["seconds"] if self.metrics else 0.0)
         self.metrics.append(row)
         line = f"epoch {row['epoch']:4}" + ("" if row["val_nll"] is None else f"  val_nll {row['val_nll']:.2f}")
         for name in shown:
@@ -166,6 +170,7 @@ class Run(contextlib.AbstractContextManager):
         if self.first:
             write(self.directory / "checkpoint.pt", buffer.getvalue())
             write(self.directory / "metrics.jsonl", ("\n".join(map(json.dumps, self.metrics)) + "\n").encode())
+        self.start = time.perf_counter()
 
     def finish(self, figures):
         """Adds the final figures to the last row of the metrics, and prints them."""

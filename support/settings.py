@@ -42,11 +42,9 @@ class Settings:
 
     def config(self):
         """What decides the result: the settings that the run has, for config.json and for the reader.   -> dict"""
-        chosen, config = set(map(vars(self).get, ("arch", "loss", "schedule", "data", "sampler"))), {}
-        for f in fields(self):
-            if f.metadata["decides"] and (not f.metadata["of"] or not chosen.isdisjoint(f.metadata["of"])):
-                config[f.name] = vars(self)[f.name]
-        return config
+        chosen = {vars(self).get(name) for name in ("arch", "loss", "schedule", "data", "sampler")}
+        return {f.name: vars(self)[f.name] for f in fields(self)
+                if f.metadata["decides"] and (not f.metadata["of"] or not chosen.isdisjoint(f.metadata["of"]))}
 
 
 @dataclass

@@ -53,11 +53,11 @@ def train(run, losses, epoch=1):
 def test_an_epoch_has_the_means_over_its_own_steps(tmp_path):
     one = a_run(tmp_path)
     train(one, [1.0, 2.0, 6.0])
-    assert one.means == {"loss": 3.0, "grad_norm": 6.0}
+    assert one.means.pop("batches_per_second") > 0 and one.means == {"loss": 3.0, "grad_norm": 6.0}
     train(one, [1.0] * 120, epoch=2)
-    assert one.means == {"loss": 1.0, "grad_norm": 2.0}
+    assert one.means.pop("batches_per_second") > 0 and one.means == {"loss": 1.0, "grad_norm": 2.0}
     train(one, [], epoch=3)
-    assert one.means == {}
+    assert one.means == {"batches_per_second": None}
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
@@ -124,16 +124,25 @@ def test_a_checkpoint_puts_back_parts_state_and_metrics(tmp_path):
     part = torch.nn.Linear(2, 1)
     one = a_run(tmp_path, parts={"part": part})
     assert one.state == {"epoch": -1} and one.metrics == []
-    one.save({"epoch": 0, "val_nll": 1.0, "seconds": 2.0}, {"epoch": 0, "chains": torch.ones(3)})
+    one.save({"epoch": 0, "val_nll": 1.0}, {"epoch": 0, "chains": torch.ones(3)})
     other = torch.nn.Linear(2, 1)
     two = a_run(tmp_path, parts={"part": other}, resume=True)
     assert torch.equal(part.weight, other.weight) and torch.equal(two.state["chains"], torch.ones(3))
     assert two.state["epoch"] == 0 and two.metrics == one.metrics == read_metrics(tmp_path)
 
 
+def test_the_seconds_of_a_row_are_those_since_the_run_began(tmp_path):
+    one = a_run(tmp_path)
+    for epoch, more in enumerate((90, 10)):
+        one.start -= more
+        one.save({"epoch": epoch, "val_nll": 1.0}, {"epoch": epoch})
+    assert [round(row["seconds"]) for row in read_metrics(tmp_path)] == [90, 100]
+
+
 def test_the_figures_of_an_epoch_and_of_the_end_are_printed(tmp_path, capsys):
     one = a_run(tmp_path)
-    row = {"epoch": 3, "val_nll": 1.25, "tv": 0.5, "rate": None, "seconds": 90.0}
+    one.start -= 90
+    row = {"epoch": 3, "val_nll": 1.25, "tv": 0.5, "rate": None}
     one.save(row, {}, shown=("tv", "rate", "missing"))
     one.finish({"test_nll": 2.0, "weights": [0.25, 0.75]})
     assert capsys.readouterr().out.splitlines() == [
@@ -177,7 +186,7 @@ def test_settings_of_a_run_that_has_no_checkpoint_yet_are_not_replaced(tmp_path)
 
 
 def test_a_directory_has_one_run_at_a_time_and_a_kill_frees_it(tmp_path):
-    a_run(tmp_path).save({"epoch": 0, "val_nll": 1.0, "seconds": 2.0}, {"epoch": 0})
+    a_run(tmp_path).save({"epoch": 0, "val_nll": 1.0}, {"epoch": 0})
     before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
     hold = "import fcntl, os, sys; fcntl.flock(os.open(sys.argv[1], 0), fcntl.LOCK_EX); print(flush=True); input()"
     pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE)
@@ -286,7 +295,7 @@ LACKING = {"no epoch": lambda c: c["state"].pop("epoch"), "no best": lambda c: c
 def test_a_whole_checkpoint_that_lacks_something_is_an_error(tmp_path, change):
     one = a_run(tmp_path, parts={"part": torch.nn.Linear(2, 1)})
     for epoch in (0, 1):
-        one.save({"epoch": epoch, "val_nll": 1.0, "seconds": 2.0}, {"epoch": epoch, "best": copy.deepcopy(BEST)})
+        one.save({"epoch": epoch, "val_nll": 1.0}, {"epoch": epoch, "best": copy.deepcopy(BEST)})
     whole = checkpoint(tmp_path)
     assert a_run(tmp_path, parts={"part": torch.nn.Linear(2, 1)}, resume=True).state["best"]["epoch"] == 1
     change(whole)

@@ -74,9 +74,9 @@ def spied(monkeypatch, loss):
     """The list of what that objective will see: pairs of its model and its batch."""
     seen, objective = [], OBJECTIVES[loss]
 
-    def watched(model, x, **knobs):
+    def watched(model, x, **config):
         seen.append((model, x.detach().clone()))
-        return objective(model, x, **knobs)
+        return objective(model, x, **config)
 
     monkeypatch.setitem(OBJECTIVES, loss, watched)
     return seen
@@ -637,7 +637,7 @@ def test_fast_products_are_for_training_only_and_short_ones_not_for_fdssm(monkey
         raise KeyError
     assert [kind.fp32_precision for kind in products] == before
 
-    def objective(model, x, **knobs):
+    def objective(model, x, **config):
         assert [kind.fp32_precision for kind in products] == inside
         return model.energy(x).mean()
 
@@ -963,7 +963,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run_and_keeps_the_last_good_che
                                                                                        monkeypatch):
     calls = itertools.count(1)
 
-    def objective(model, x, **knobs):  # the loss is finite; at step 2 of epoch 2 its gradient is not
+    def objective(model, x, **config):  # the loss is finite; at step 2 of epoch 2 its gradient is not
         loss = losses.ssm(model.energy, x)
         return loss + (loss * 0).sqrt() if next(calls) == 7 else loss
 
@@ -985,7 +985,7 @@ def test_a_validation_nll_that_is_not_finite_stops_the_run_and_keeps_the_last_go
 
 
 def test_a_weight_that_is_singular_in_the_evaluation_is_one_line(data, tmp_path, capsys, monkeypatch):
-    def objective(model, x, **knobs):
+    def objective(model, x, **config):
         with torch.no_grad():
             model.layers[0].weight.zero_()
         return 0 * model.energy(x).mean()
