@@ -16,7 +16,7 @@ A step is all that training does for one batch: data, pre-processing, objective,
 
 Ten steps of one kind are timed together. Kinds take turns, so slow moments of the machine hit all of them. The medians
 are printed, and their ratios. The learning rate is so small that the parameters stay what they are. On two cores --arch
-fc takes one minute, cnn two, toy and glow three, most of it to compile.
+fc takes three minutes, toy eight and cnn ten, most of it to compile.
 """
 
 import argparse
