@@ -130,7 +130,7 @@ class Convolution(LinearLayer):
         if len(self.bias) > 1:
             return F.conv2d(x, self.weight, self.bias, padding="same")
         H, k = x.shape[2], self.weight.shape[-1]
-        rows = torch.einsum("ab,ahi->hib", self.weight[0, 0], shifts(H, k, self.weight))  # (H, H, k)
+        rows = (shifts(H, k, self.weight)[..., None] * self.weight[0, 0, :, None, None]).sum(0)  # (H, H, k)
         return F.conv1d(x[:, 0], rows, self.bias.expand(H), padding="same")[:, None]
 
     def matrix(self, shape, dtype):

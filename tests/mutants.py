@@ -42,7 +42,7 @@ CHANGES = [
     ("layers.py", "position[:, None] + offset[:, None, None]", "position[:, None] - offset[:, None, None]",
      "layers product"),
     ("layers.py", '"ocab,aik,bjl->oijckl"', '"ocab,bik,ajl->oijckl"', "layers product"),
-    ("layers.py", '"ab,ahi->hib"', '"ab,ahi->ihb"', "layers product"),
+    ("layers.py", "self.weight[0, 0, :, None, None]", "self.weight[0, 0].T[:, None, None]", "layers product"),
     ("layers.py", "rows, self.bias.expand(H)", "rows, None", "layers product"),
     ("layers.py", 'self.weight, self.bias, padding="same")', 'self.weight, padding="same")', "layers product"),
     ("layers.py", "(y - along_channels(self.bias, y)).flatten(1)", "y.flatten(1)", "gradients undoes"),
