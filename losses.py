@@ -120,7 +120,7 @@ def _dot(a, b):
     return (a * b).flatten(1).sum(1)
 
 
-def checked(objective):
+def validated(objective):
     """The objective, which raises ValueError where an argument does not fit, before anything broadcasts silently."""
     signature = inspect.signature(objective)
 
@@ -170,7 +170,7 @@ def checked(objective):
     return call
 
 
-ml, sml, sm, ssm, fdssm, dsm = map(checked, (ml, sml, sm, ssm, fdssm, dsm))
+ml, sml, sm, ssm, fdssm, dsm = map(validated, (ml, sml, sm, ssm, fdssm, dsm))
 
 # --loss NAME minimises (model, x, share, **settings) -> (). share(x) is this process's rows (support/processes.py).
 OBJECTIVES = {
