@@ -12,7 +12,7 @@ rounds of Langevin steps and jumps. Then a small network classifies 40,000 draws
 of the adapted flow, half of the first one, since alone the adapted one can miss mass that a base has. Their effective
 sample size (ESS) says how far to trust the proportions; below 1 % none are given.
 
-On two cores a seed takes less than 18 minutes, half of them for tempering. Writes results/unbalanced.json;
+On two cores a seed takes 26 minutes, three fifths of them for tempering. Writes results/unbalanced.json;
 results/unbalanced.png, the share of ones against updates; results/unbalanced-draws.png, decoded draws of each model.
 Prints the table of docs/results.md. ours, not the paper's.
 """

@@ -53,7 +53,7 @@ class Graphed:
         self.tensors, graph = [t.clone() for t in tensors], torch.cuda.CUDAGraph()
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.random.fork_rng([tensors[0].device]):  # a resumed run draws these at another step
+        with torch.random.fork_rng([tensors[0].device]):  # the run must not notice: resumed, it records elsewhere
             with torch.cuda.stream(stream):
                 for _ in range(3):  # libraries set themselves up in their first calls; that is not to be recorded
                     self.function(*self.tensors)
