@@ -105,7 +105,7 @@ RECIPES = {  # ours
     "fc fdssm":   FC | dict(epochs=16, batch_size=500),
     "cnn ml":     CNN_ML,
     "cnn sml":    CNN_ML,
-    "cnn ssm":    CNN | dict(epochs=8),
+    "cnn ssm":    CNN | dict(epochs=8, clip=1000.0),
     "cnn dsm":    CNN,
     "cnn fdssm":  CNN | dict(epochs=30, batch_size=1000, lr=1e-3, xi=0.5),
     "glow ml":    GLOW_ML,
