@@ -201,26 +201,26 @@ def experiment(a, device):
     batch_size = a.batch_size or (512 if a.arch == "toy" else 100)
     if a.arch != "toy":
         images = torch.randint(0, 256, (2000, *a.shape), dtype=torch.uint8) if a.shape else load_images(MNIST)[0]
-    kinds = [kind for kind in a.kinds if kind != "compiled" or device.type == "cpu"]
-    functions = {}
+
+    def make(loss, kind, device):
+        if a.arch == "toy":
+            return step_of_toys(kind, loss, batch_size, device)
+        return step_of_images(kind, a.arch, loss, images, batch_size, device)
+
     if a.profile:
         print(f"milliseconds of a step\n| flow | objective | step | {' | '.join(PARTS)} |")
-    for loss in a.losses:
-        def make(kind, device):
-            if a.arch == "toy":
-                return step_of_toys(kind, loss, batch_size, device)
-            return step_of_images(kind, a.arch, loss, images, batch_size, device)
-
-        if a.profile:
-            ms = profiled(make("here", torch.device("cpu")))
+        for loss in a.losses:
+            ms = profiled(make(loss, "here", torch.device("cpu")))
             cells = [f"{t:.1f}" for t in (sum(ms.values()), *ms.values())]
             print(f"| {a.arch} | {loss} | " + " | ".join(cells) + " |")
-            continue
-        precision = contextlib.nullcontext if a.arch == "toy" else partial(fast_products, loss)
-        functions |= {(loss, kind): make(kind, device) for kind in kinds}
-        functions[loss, "floor"] = floor(make, device, precision)
-    if a.profile:
         return
+
+    kinds = [kind for kind in a.kinds if kind != "compiled" or device.type == "cpu"]
+    functions = {}
+    for loss in a.losses:
+        precision = contextlib.nullcontext if a.arch == "toy" else partial(fast_products, loss)
+        functions |= {(loss, kind): make(loss, kind, device) for kind in kinds}
+        functions[loss, "floor"] = floor(partial(make, loss), device, precision)
     median = interleaved(functions, a.repeats, device)
 
     ratios = [(a, b) for a, b in (("plain", "here"), ("plain", "compiled"), ("here", "floor"), ("compiled", "floor"))
