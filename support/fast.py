@@ -26,7 +26,7 @@ class Graphed:
     """A gradient whose kernels a GPU records as one CUDA graph at the first call, and replays from then on.
 
     A step on a small batch is hundreds of short kernels, and python takes longer to start one than the GPU to run it.
-    Nothing recorded may wait for the GPU. It reads only its arguments and the parameters, and these must change in
+    Nothing recorded may wait for the GPU. It reads only its arguments and the parameters, and parameters must change in
     place. Random numbers are drawn anew in every replay. On another device it is the function itself.
     Raises ValueError where an argument has another shape than at the first call.
     """
@@ -53,7 +53,7 @@ class Graphed:
         self.tensors, graph = [t.clone() for t in tensors], torch.cuda.CUDAGraph()
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.random.fork_rng([tensors[0].device]):  # the run must not notice: resumed, it records elsewhere
+        with torch.random.fork_rng([tensors[0].device]):  # a resumed run warms up at another step, so leave no trace
             with torch.cuda.stream(stream):
                 for _ in range(3):  # libraries set themselves up in their first calls; that is not to be recorded
                     self.function(*self.tensors)

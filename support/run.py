@@ -150,7 +150,7 @@ class Run(contextlib.AbstractContextManager):
         self.trace.append(torch.stack([*figures.values()]))
 
     def save(self, row, state, shown=()):
-        """Ends an epoch: adds the row and the seconds to the metrics, prints the figures `shown`, writes all.
+        """Ends an epoch: adds the row and its seconds to the metrics, prints `shown`, writes checkpoint and metrics.
 
         Raises RunError where val_nll is a number, and not finite.
         """
