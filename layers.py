@@ -1,4 +1,4 @@
-# From EBFlow, the code beside arXiv 2305.15267. MIT licence, copyright (c) 2026 The EBFlow authors.
+# An unofficial reimplementation of EBFlow (arXiv 2305.15267). MIT licence, copyright (c) 2026 its contributors.
 """The transformations g_i of a flow, each with its inverse and its log-determinant.
 
 A normalizing flow maps a datum x to u = g_L ∘ … ∘ g_1(x). EBFlow factorises its density by the kind of each layer
@@ -7,13 +7,14 @@ A normalizing flow maps a datum x to u = g_L ∘ … ∘ g_1(x). EBFlow factoris
     LinearLayer      i ∈ S_l   affine: log|det J_i| does not depend on x, so it belongs to log Z
     NonlinearLayer   i ∈ S_n   any other: log|det J_i| may depend on x, so it belongs to the energy E
 
-The base classes state what a layer must provide; a new layer is one new class in this file. Determinants of matrices
-are computed in float64 whatever the layer's dtype, but in float32 where their gradient is taken (see `precise`).
+The base classes state what a layer must provide. A new layer is one new class, and `verify` checks it. Determinants of
+matrices are computed in float64 whatever the layer's dtype, but in float32 where their gradient is taken: `precise`.
 
 Source: Chao et al., "Training Energy-Based Normalizing Flow with Score-Matching Objectives" (NeurIPS 2023).
 "ours:" marks what is not in the paper.
 """
 
+import copy
 import math
 from abc import ABC, abstractmethod
 
@@ -39,7 +40,7 @@ class Layer(nn.Module, ABC):
         """The x that forward maps to y.   y (B, *output_shape(shape)) -> x (B, *shape)"""
 
     def output_shape(self, shape):
-        """The shape of one event that leaves the layer. Raises ValueError where the layer cannot take `shape`."""
+        """The shape of one event that leaves the layer. Raises for a `shape` that would broadcast."""
         return shape
 
 
@@ -82,17 +83,11 @@ class FullyConnected(LinearLayer):
         self.weight = nn.Parameter(diagonal * torch.eye(dim))
         self.bias = nn.Parameter(torch.full((dim,), float(bias)))
 
-    def output_shape(self, shape):
-        if math.prod(shape) != len(self.bias):
-            raise ValueError(f"a fully-connected layer of {len(self.bias)} dimensions cannot take events of "
-                             f"shape {tuple(shape)}: give the layer their number of elements")
-        return shape
-
     def forward(self, x):
         return F.linear(x.flatten(1), self.weight, self.bias).view_as(x)
 
     def inverse(self, y):
-        x = solve(self.weight.T, y.flatten(1) - self.bias, left=False)  # x Wᵀ = y - b
+        x = torch.linalg.solve(self.weight.T, y.flatten(1) - self.bias, left=False)  # x Wᵀ = y - b
         return x.view_as(y)
 
     def log_abs_det(self, shape):
@@ -123,15 +118,12 @@ class Convolution(LinearLayer):
         self.weight = nn.Parameter(weight)
         self.bias = nn.Parameter(torch.full((channels,), float(bias)))
 
-    def output_shape(self, shape):
-        return check_channels(self, shape, len(self.bias), ranks=(3,))
-
     def forward(self, x):
         if len(self.bias) > 1:
             return F.conv2d(x, self.weight, self.bias, padding="same")
         H, k = x.shape[2], self.weight.shape[-1]
         rows = (shifts(H, k, self.weight)[..., None] * self.weight[0, 0, :, None, None]).sum(0)  # (H, H, k)
-        return F.conv1d(x[:, 0], rows, self.bias.expand(H), padding="same")[:, None]
+        return F.conv1d(x.squeeze(1), rows, self.bias.expand(H), padding="same")[:, None]
 
     def matrix(self, shape, dtype):
         """M of vec(w * x) = M vec(x): M[(o, i, j), (c, i + a, j + b)] = w[o, c, a, b], |a|, |b| < k/2.   -> (D, D)"""
@@ -141,7 +133,7 @@ class Convolution(LinearLayer):
 
     def inverse(self, y):
         M = self.matrix(y.shape[1:], y.dtype)
-        x = solve(M.T, (y - along_channels(self.bias, y)).flatten(1), left=False)
+        x = torch.linalg.solve(M.T, (y - along_channels(self.bias, y)).flatten(1), left=False)
         return x.view_as(y)
 
     def log_abs_det(self, shape):
@@ -153,7 +145,7 @@ class Convolution(LinearLayer):
                 ⎢L A U  ⎥
                 ⎣  L A …⎦     (the last block may have fewer rows)
 
-        S_i can be singular where M is not. The sum is then not finite, and log|det M| is computed from the whole of M.
+        nan if a block S_i before the last one is singular, which M need not be; -inf if the last one is, as M then is.
         """
         C, H, W = shape
         r, dtype = max(self.weight.shape[-1] // 2, 1), precise(self.weight).dtype
@@ -165,9 +157,7 @@ class Convolution(LinearLayer):
             n = C * W * min(r, H - first)
             S = A[:n, :n] - L[:n] @ torch.linalg.solve_ex(S, U[:, :n]).result
             log_abs_det = log_abs_det + torch.linalg.slogdet(S).logabsdet
-        if finite(log_abs_det):
-            return log_abs_det
-        return torch.linalg.slogdet(self.matrix(shape, dtype)).logabsdet
+        return log_abs_det
 
 
 class Conv1x1(LinearLayer):
@@ -183,21 +173,14 @@ class Conv1x1(LinearLayer):
         super().__init__()
         self.weight = nn.Parameter(nn.init.orthogonal_(torch.empty(channels, channels)))
 
-    def output_shape(self, shape):
-        return check_channels(self, shape, len(self.weight), ranks=(3,))
-
     def forward(self, x):
         return F.conv2d(x, self.weight[:, :, None, None])
 
     def inverse(self, y):
-        return solve(self.weight, y.flatten(2)).view_as(y)
+        return torch.linalg.solve(self.weight, y.flatten(2)).view_as(y)
 
     def log_abs_det(self, shape):
         return math.prod(shape[1:]) * torch.linalg.slogdet(precise(self.weight)).logabsdet
-
-
-class ConstantChannel(ValueError):
-    """An actnorm met a channel without variance."""
 
 
 class ActNorm(LinearLayer):
@@ -214,19 +197,13 @@ class ActNorm(LinearLayer):
         self.log_scale = nn.Parameter(torch.zeros(channels))
         self.bias = nn.Parameter(torch.zeros(channels))
 
-    def output_shape(self, shape):
-        return check_channels(self, shape, len(self.bias), ranks=(1, 2, 3))
-
     @torch.no_grad()
     def initialize(self, x, fraction=1.0):
         """Moves s and b this fraction of the way to the values at which the batch x comes out with mean 0, variance 1.
 
         Glow does this once, with fraction 1. ours: a smaller fraction every few steps tracks the moments of x.
-        Raises ConstantChannel if a channel has a single value, or with fraction 1 equal ones.
         """
         x = x.transpose(0, 1).flatten(1)  # (C, n)
-        if x.shape[1] == 1 or fraction == 1 and (x == x[:, :1]).all(1).any():  # reading this stalls a GPU
-            raise ConstantChannel("actnorm cannot start from a batch with a constant channel: give it more samples")
         std, mean = torch.std_mean(x, dim=1)  # (C,)
         self.log_scale.lerp_(-std.log(), fraction)
         self.bias.lerp_(-mean / std, fraction)
@@ -238,7 +215,7 @@ class ActNorm(LinearLayer):
         return (y - along_channels(self.bias, y)) * along_channels((-self.log_scale).exp(), y)
 
     def log_abs_det(self, shape):
-        return math.prod(shape[1:]) * self.log_scale.double().sum()
+        return math.prod(shape[1:]) * self.log_scale.double().expand(shape[0]).sum()
 
 
 class Squeeze(LinearLayer):
@@ -276,6 +253,10 @@ class Standardize(LinearLayer):
         if not (self.std > 0).all():
             raise ValueError("std must be positive")
 
+    def output_shape(self, shape):
+        self.mean.expand(shape), self.std.expand(shape)  # raises where they would broadcast with the batch
+        return shape
+
     def forward(self, x):
         return (x - self.mean) / self.std
 
@@ -288,7 +269,7 @@ class Standardize(LinearLayer):
 
 def along_channels(p, x):
     """One number per channel, in a shape that broadcasts with x (B, C, …).   (C,) -> (C, 1, …)"""
-    return p.view(-1, *[1] * (x.dim() - 2))
+    return p.expand(x.shape[1]).view(-1, *[1] * (x.dim() - 2))  # expand refuses another number of channels than C or 1
 
 
 def shifts(n, k, like):
@@ -304,31 +285,6 @@ def precise(weight):
     """
     differentiated = torch.is_grad_enabled() and weight.requires_grad
     return weight.to(torch.promote_types(weight.dtype, torch.float32 if differentiated else torch.float64))
-
-
-def solve(A, b, left=True):
-    """torch.linalg.solve, in float32 where the dtype is shorter: torch has no solver for those."""
-    dtype = torch.promote_types(b.dtype, torch.float32)
-    return torch.linalg.solve(A.to(dtype), b.to(dtype), left=left).to(b.dtype)
-
-
-def finite(value):
-    """Whether the value is finite. True where there is none to see: on device "meta", in torch.compile, in vmap."""
-    if value.is_meta or torch.compiler.is_compiling():
-        return True
-    try:
-        return bool(value.isfinite())
-    except RuntimeError as error:
-        if "vmap" in str(error):  # there a branch cannot depend on a value
-            return True
-        raise
-
-
-def check_channels(layer, shape, channels, ranks):
-    """Returns `shape`. Raises ValueError unless its length is in `ranks` and its first number is `channels`."""
-    if len(shape) not in ranks or shape[0] != channels:
-        raise ValueError(f"{type(layer).__name__} of {channels} channels cannot take events of shape {tuple(shape)}")
-    return shape
 
 
 # ---- Non-linear layers: log|det J| may depend on x and belongs to the energy E ---------------------------------------
@@ -391,8 +347,8 @@ class AffineCoupling(NonlinearLayer):
     ours: the sigmoid, and the `floor` under s. The inverse divides by s, but score matching does not constrain s away
     from the data.
 
-    Raises ValueError unless `floor` is 0 or in [0.001, 1), and 0 with `tanh`, and if the network's output has another
-    shape. Source: Dinh et al., "RealNVP" (2017); Glow (2018) for the sigmoid.
+    Raises ValueError unless `floor` is 0 or in [0.001, 1), and 0 with `tanh`, and where the network's output does not
+    fit. Source: Dinh et al., "RealNVP" (2017); Glow (2018) for the sigmoid.
     """
 
     def __init__(self, network, swap=False, floor=0.0, tanh=False):
@@ -400,11 +356,6 @@ class AffineCoupling(NonlinearLayer):
         if not (floor == 0 or 1e-3 <= floor < 1 and not tanh):  # below 0.001, (log s)'' fails in float32
             raise ValueError(f"the floor must be 0, or in [0.001, 1) with sigmoid couplings, not {floor}")
         self.network, self.swap, self.floor, self.tanh = network, swap, floor, tanh
-
-    def output_shape(self, shape):
-        if len(shape) == 0 or shape[0] < 2:
-            raise ValueError(f"AffineCoupling needs two channels to split, not events of shape {tuple(shape)}")
-        return shape
 
     def _split(self, x):
         halves = x.tensor_split(2, dim=1)
@@ -414,11 +365,7 @@ class AffineCoupling(NonlinearLayer):
         return torch.cat([b, a] if self.swap else [a, b], dim=1)
 
     def _log_scale_and_shift(self, x_a, x_b):
-        ht, expected = self.network(x_a), (len(x_b), 2 * x_b.shape[1], *x_b.shape[2:])
-        if ht.shape != expected:  # it could broadcast
-            raise ValueError(f"the network of a coupling must map {tuple(x_a.shape)} to {tuple(expected)}, "
-                             f"not to {tuple(ht.shape)}")
-        h, t = ht.chunk(2, dim=1)
+        h, t = self.network(x_a).reshape(len(x_b), 2, *x_b.shape[1:]).unbind(1)  # refuses what would broadcast
         if self.tanh:
             return 2 * torch.tanh(h / 2), t
         if self.floor == 0:
@@ -459,7 +406,7 @@ class Logit(NonlinearLayer):
 # ---- A layer of either kind on the first channels only ---------------------------------------------------------------
 
 class Part(Layer):
-    """Applies `layer` to the first channels. The others pass to the prior: Glow's multi-scale architecture.
+    """`layer` on the first channels. The others pass to the prior: Glow's multi-scale architecture.
 
     x (B, C, H, W) -> y (B, C, H, W), and log|det J| (B,) if `layer` is non-linear. A later squeeze keeps the first
     channels first: channel c becomes the channels 4c … 4c + 3.
@@ -492,3 +439,25 @@ class NonlinearPart(Part, NonlinearLayer):
     def forward(self, x):
         y, log_abs_det = self.layer(x[:, :self.channels])
         return torch.cat([y, x[:, self.channels:]], dim=1), log_abs_det
+
+
+# ---- For a layer of one's own ----------------------------------------------------------------------------------------
+
+def verify(layer, shape, x=None):
+    """Checks that a layer's log-determinant is that of its Jacobian, and that its inverse undoes it, in float64.
+
+    A copy is tried, with all parameters moved at random, at events x (n, *shape) inside its domain, by default three
+    normal ones. Raises ValueError, which names what failed and by how much.
+    """
+    layer, linear, D = copy.deepcopy(layer).double(), isinstance(layer, LinearLayer), math.prod(shape)
+    x = torch.randn(3, *shape, dtype=torch.float64) if x is None else x.double()
+    with torch.no_grad():
+        for p in layer.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+        y, found = (layer(x), layer.log_abs_det(shape)) if linear else layer(x)
+        difference = (layer.inverse(y) - x).abs().max()
+    J = torch.stack([torch.func.jacrev(lambda x: layer(x) if linear else layer(x)[0])(event[None]) for event in x])
+    error = (torch.linalg.slogdet(J.reshape(len(x), D, D)).logabsdet - found).abs().max()
+    for what, size in (("log|det J| differs from that of the Jacobian", error), ("inverse misses x", difference)):
+        if not size < 1e-6:
+            raise ValueError(f"{type(layer).__name__}: {what} by up to {size:.3g}")

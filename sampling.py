@@ -1,4 +1,5 @@
-# From EBFlow, the code beside arXiv 2305.15267 and 2306.00684. MIT licence, copyright (c) 2026 The EBFlow authors.
+# An unofficial reimplementation of EBFlow (arXiv 2305.15267, 2306.00684). MIT licence, copyright (c) 2026 its
+# contributors.
 """Markov chains on any energy: draws from π(x) = exp(-E(x)) / Z, and how good the draws are.
 
 `energy` is a callable (B, …) -> (B,), as in losses.py. A batch x is B independent chains; the result has its device and
@@ -15,17 +16,14 @@ probability α makes a kernel reversible for every proposal q(x'|x) (Metropolis 
 
     α(x → x') = min(1, π(x') q(x|x') / (π(x) q(x'|x)))   gives   π(x) q(x'|x) α(x → x') = π(x') q(x|x') α(x' → x)
 
-Z cancels. π is invariant only for a FIXED energy and flow. Chains that run while these are trained lag behind π.
+Z cancels. π is invariant only for a FIXED energy and flow. Chains that run while these are trained lag behind π. A
+chain becomes nan where it diverges, starts at a non-finite energy, or reaches one by unadjusted steps.
 """
 
 import math
 from typing import NamedTuple
 
 import torch
-
-
-class SamplingError(ValueError):
-    """Chains cannot start, diverge or never move, or the arguments do not fit; the message says what to change."""
 
 
 class Report(NamedTuple):
@@ -41,30 +39,20 @@ def langevin(energy, x, steps, step_size, where=None):
     """Unadjusted Langevin (ULA): x ← x - a∇E(x) + √(2a) z, z ~ N(0, I), `steps` times.   (B, …) -> (B, …)
 
     Its invariant distribution is π only up to O(a). For example, π = N(0, s²) becomes N(0, s² / (1 - a/(2s²))).
-    Raises SamplingError if a chain starts at a non-finite energy or becomes non-finite itself.
     """
     x = x.detach()
-    _check_steps(steps)
-    for step in range(steps):
+    for _ in range(steps):
         E, grad = _energy_and_grad(energy, x, where)
-        if step == 0:
-            _check_start(E, step_size)
-        x = _propose(x, grad, step_size, where)
-    lost = ~x.flatten(1).isfinite().all(1)  # one check at the end: a chain never returns from inf or nan
-    if _any(lost):
-        raise SamplingError(f"{lost.sum()} of {len(x)} chains became non-finite in {steps} Langevin steps "
-                            f"of size {step_size:.3g}: lower step_size")
+        x = _propose(_lost(x, E), grad, step_size, where)
     return x
 
 
 def mala(energy, x, steps, step_size, where=None):
     """Metropolis-adjusted Langevin algorithm (MALA; Roberts and Tweedie 1996).   (B, …) -> (B, …), Report
 
-    It leaves π invariant for a fixed energy. It rejects a proposal with a non-finite energy. Raises SamplingError if a
-    chain starts at such an energy, or if all chains reject everything in 10 steps or more.
+    It leaves π invariant for a fixed energy. It rejects a proposal with a non-finite energy.
     """
     x, accepted, _ = _mala(energy, x, steps, step_size, where)
-    _check_accepted(accepted, steps, step_size)
     return x, Report(step_size, accepted / steps)
 
 
@@ -75,10 +63,9 @@ def tune(energy, x, steps, step_size, target=0.574, where=None):
 
     For burn-in only: the step size depends on the past of the chains, so π is not invariant. Continue with `mala` at
     the step size that is returned. 0.574 is the most efficient acceptance in high dimensions (Roberts and Rosenthal
-    1998). Raises SamplingError like `mala`.
+    1998).
     """
-    x, accepted, step_size = _mala(energy, x, steps, step_size, where, target)
-    _check_accepted(accepted, steps, step_size)
+    x, _, step_size = _mala(energy, x, steps, step_size, where, target)
     return x, step_size
 
 
@@ -87,10 +74,10 @@ def impute(energy, x, mask, steps, step_size, adjusted=False, start=None):
 
     mask, boolean, is True where x is MISSING. It has the shape of x, or of one event for all. The values of x there are
     ignored. Chains start at `start`, like x, by default at N(0, I); start=x continues earlier chains. The observed
-    values come back bit for bit. The steps are `mala` if `adjusted`, else `langevin`. Raises SamplingError.
+    values of a chain that is not lost come back bit for bit. The steps are `mala` if `adjusted`, else `langevin`.
     """
-    mask = _check_mask(mask, x)
-    x = torch.where(mask, torch.randn_like(x) if start is None else start.to(x), x)
+    mask = mask.expand_as(x)
+    x = torch.where(mask, torch.randn_like(x) if start is None else start.to(x).view_as(x), x)
     if adjusted:
         return mala(energy, x, steps, step_size, where=mask)
     return langevin(energy, x, steps, step_size, where=mask), Report(step_size)
@@ -105,22 +92,19 @@ def independence(energy, flow, x):
         log α = min(0, [-E(x') - log q(x')] - [-E(x) - log q(x)])
 
     `flow` is anything with sample(n) -> (n, …) and log_prob(x) -> (n,). For a fixed energy and a fixed flow, π is
-    invariant even if q is a poor fit. But the step never reaches a mode that q misses. Raises SamplingError if a chain
-    starts at a non-finite energy.
+    invariant even if q is a poor fit. But the step never reaches a mode that q misses.
     """
-    x_new = flow.sample(len(x)).to(x)
-    E = _per_sample(energy, x)
-    _check_start(E)
-    log_forth, log_back = (_per_sample(flow.log_prob, to, "log_prob") for to in (x_new, x))
-    accept, _ = _accept(E, _per_sample(energy, x_new), log_forth, log_back)
-    return _select(accept, x_new, x), accept
+    x_new = flow.sample(len(x)).to(x).view_as(x)
+    E, E_new = (values(energy, at) for at in (x, x_new))
+    log_forth, log_back = (values(flow.log_prob, to) for to in (x_new, x))
+    accept, _ = _accept(E, E_new, log_forth, log_back)
+    return _select(accept, x_new, _lost(x, E)), accept
 
 
 def alternate(energy, flow, x, rounds, local_steps, step_size, adjusted=True):
     """`rounds` times: `local_steps` Langevin steps, then one global step of the flow.   (B, …) -> (B, …), Report
 
-    The local steps are `mala` if `adjusted`, else `langevin`. flow=None: no global steps. Raises SamplingError where
-    `langevin` and `independence` do; chains that accept nothing show in the report. Source: Gabrié, Rotskoff and
+    The local steps are `mala` if `adjusted`, else `langevin`. flow=None: no global steps. Source: Gabrié, Rotskoff and
     Vanden-Eijnden, "Adaptive Monte Carlo augmented with normalizing flows" (2022).
     """
     accepted, jumped = torch.zeros(2, len(x), device=x.device)
@@ -145,22 +129,17 @@ def tempering(energy, x, temperatures, steps, step_sizes):
         π_t(x) ∝ exp(-E(x) / T_t), 1 = T_1 < … < T_n,      log α = min(0, (1/T_t - 1/T_{t+1}) (E(x_t) - E(x_{t+1})))
 
     Hot chains cross between modes. A swap of neighbours, accepted with the probability α, hands their states down. The
-    product of all π_t is invariant, so x[0] has the distribution π. A round evaluates the energy `steps` + 2 times for
-    each of the n · B chains.   x (n, B, …), temperatures and step_sizes (n,) -> x (n, B, …), Report
+    product of all π_t is invariant, so x[0] has the distribution π if T_1 is 1. A round evaluates the energy
+    `steps` + 2 times for each chain.   x (n, B, …), temperatures and step_sizes (n,) -> x (n, B, …), Report
 
-    Raises SamplingError unless the temperatures rise from 1, or if a chain starts at a non-finite energy. Source:
-    Geyer, "Markov chain Monte Carlo maximum likelihood" (1991).
+    Source: Geyer, "Markov chain Monte Carlo maximum likelihood" (1991).
     """
-    n, T = len(x), torch.as_tensor(temperatures, device=x.device)
-    if not len(T) == len(step_sizes) == n:
-        raise SamplingError(f"{n} replicas need a temperature and a step size each, not {len(T)} and {len(step_sizes)}")
-    if _any(T[:1] != 1) or _any(T.diff() <= 0):
-        raise SamplingError(f"temperatures must rise from 1, not be {T.tolist()}")
+    n, T = len(x), temperatures
     x, accepted = x.detach().clone(), torch.zeros(x.shape[:2], device=x.device)
-    for t in range(n):
-        x[t], accepted[t], _ = _mala(lambda x: energy(x) / T[t], x[t], steps, step_sizes[t])
+    for t, (temperature, step_size) in enumerate(zip(T, step_sizes, strict=True)):
+        x[t], accepted[t], _ = _mala(lambda x: values(energy, x) / temperature, x[t], steps, step_size)
     with torch.no_grad():
-        E = torch.stack([_per_sample(energy, replica) for replica in x])  # (n, B)
+        E = torch.stack([values(energy, replica) for replica in x])  # (n, B)
     swapped = torch.zeros_like(accepted[1:])
     for t in [*range(0, n - 1, 2), *range(1, n - 1, 2)]:
         accept, _ = _accept(E[t] / T[t] + E[t + 1] / T[t + 1], E[t + 1] / T[t] + E[t] / T[t + 1], 0, 0)
@@ -174,8 +153,8 @@ def tempering(energy, x, temperatures, steps, step_sizes):
 
 def log_weights(energy, flow, x):
     """log( exp(-E(x)) / q(x) ) for draws x of the flow q; -inf where a draw overflowed.   (n, …) -> (n,)"""
-    log_w = -_per_sample(energy, x) - _per_sample(flow.log_prob, x, "log_prob")
-    return torch.where(log_w.isfinite(), log_w, -math.inf)
+    log_w = -values(energy, x) - values(flow.log_prob, x)
+    return torch.where(x.flatten(1).isfinite().all(1), log_w, -math.inf)
 
 
 def effective_sample_size(log_weights):
@@ -198,7 +177,7 @@ def estimate_log_z(energy, flow, n):
     Error and ESS come from the same draws, so they miss a mode that q never visits. `reverse_log_z` shows it.
     """
     log_w = log_weights(energy, flow, flow.sample(n))
-    ess = effective_sample_size(log_w)
+    n, ess = len(log_w), effective_sample_size(log_w)
     error = (1 / ess - 1 / n).clamp(min=0).sqrt()
     return LogZEstimate(log_w.logsumexp(0) - math.log(n), error, ess, ess >= 100)
 
@@ -221,22 +200,27 @@ def autocorrelation_time(series, window=5):
     """
     T = len(series)
     spectrum = torch.fft.rfft(series - series.mean(), n=2 * T, dim=0)  # twice the length: lags do not wrap around
-    covariance = torch.fft.irfft(spectrum.abs().square(), n=2 * T, dim=0)[:T].mean(1)  # (T,) by lag
+    covariance = torch.fft.irfft(spectrum.abs().square(), n=2 * T, dim=0)[:T].mean(1).view(T)  # by lag
     taus = 2 * (covariance / covariance[0]).cumsum(0) - 1  # τ(M) by M
     enough = torch.arange(T, device=series.device) >= window * taus.clamp(min=1)
     enough[-1] = True
     return taus.take(enough.int().argmax())  # the first such M
 
 
-# ---- The steps and the checks ----------------------------------------------------------------------------------------
+# ---- One step --------------------------------------------------------------------------------------------------------
+
+def values(f, x):
+    """f(x), one number for each sample, as in losses.py. A mean, or (B, 1), would broadcast.   (B, …) -> (B,)"""
+    y = f(x)
+    if y.shape != x.shape[:1]:
+        raise ValueError(f"an energy or a log-density maps (B, …) to (B,), ({len(x)},), not to {tuple(y.shape)}")
+    return y
+
 
 def _mala(energy, x, steps, a, where=None, target=None):
     """-> x (B, …), the number of accepted steps (B,), the step size. Each step computes one energy and gradient."""
-    x = x.detach()
-    _check_steps(steps)
     E, grad = _energy_and_grad(energy, x, where)
-    _check_start(E, a)
-    accepted = torch.zeros(len(x), device=x.device)
+    x, accepted = _lost(x.detach(), E), torch.zeros(len(x), device=x.device)
     for t in range(1, steps + 1):
         x_new = _propose(x, grad, a, where)
         E_new, grad_new = _energy_and_grad(energy, x_new, where)
@@ -248,15 +232,20 @@ def _mala(energy, x, steps, a, where=None, target=None):
     return x, accepted, a
 
 
+def _lost(x, E):
+    """x, with nan for chains at a non-finite energy. They accept no proposal, and would stay there unnoticed."""
+    return _select(E.isfinite(), x, torch.full_like(x, torch.nan))
+
+
 def _propose(x, grad, a, where):
     """x' = x - a∇E(x) + √(2a) z"""
     x_new = x - a * grad + (2 * a) ** 0.5 * torch.randn_like(x)
-    return x_new if where is None else torch.where(where, x_new, x)
+    return x_new if where is None else torch.where(where.expand_as(x), x_new, x)
 
 
 def _log_q(x_new, x, grad, a):
     """log q(x'|x) = -‖x' - x + a∇E(x)‖² / (4a) + constant.   -> (B,)"""
-    return -(x_new - x + a * grad).flatten(1).square().sum(1) / (4 * a)
+    return (-(x_new - x + a * grad).flatten(1).square().sum(1, keepdim=True) / (4 * a)).view(len(x))
 
 
 def _accept(E, E_new, log_forth, log_back):
@@ -274,59 +263,10 @@ def _select(accept, new, old):
     return torch.where(accept.view(-1, *[1] * (old.dim() - 1)), new, old)
 
 
-def _per_sample(function, x, name="energy"):
-    """The values of an energy or a log-density. Raises SamplingError unless they are (B,).   (B, …) -> (B,)"""
-    values = function(x)
-    if values.shape != x.shape[:1]:  # (B, 1) would broadcast to (B, B)
-        raise SamplingError(f"the {name} must be one number for each sample, of shape ({len(x)},), "
-                            f"not {tuple(values.shape)}")
-    return values
-
-
 @torch.enable_grad()
 def _energy_and_grad(energy, x, where=None):
     """E(x) and ∇E(x), which is set to 0 at the coordinates that do not move.   (B, …) -> (B,), (B, …)"""
     x = x.detach().requires_grad_()
-    E = _per_sample(energy, x)
+    E = values(energy, x)
     grad, = torch.autograd.grad(E.sum(), x)
     return E.detach(), grad if where is None else torch.where(where, grad, 0.0)
-
-
-def _any(bad):  # on device "meta" there is no value to check
-    return not bad.is_meta and bool(bad.any())
-
-
-def _check_steps(steps):
-    if steps < 1:
-        raise SamplingError(f"steps must be at least 1, not {steps}")
-
-
-def _check_start(E, step_size=1.0):
-    bad, wrong = ~E.isfinite(), ~(torch.as_tensor(step_size, device=E.device) > 0)
-    if not _any(bad.any() | wrong.any()):  # one look, for which a GPU has to be waited for
-        return
-    if wrong.any():
-        raise SamplingError(f"step_size must be positive, not {step_size}")
-    raise SamplingError(f"the energy is not finite where {bad.sum()} of {len(E)} chains start: start them "
-                        "elsewhere, or lower the step_size that led there")
-
-
-def _check_accepted(accepted, steps, step_size):
-    if steps >= 10 and _any((accepted == 0).all()):
-        raise SamplingError(f"all {steps} proposals of all {len(accepted)} chains were rejected at step size "
-                            f"{step_size:.3g}: lower step_size")
-
-
-def _check_mask(mask, x):
-    """The mask in the shape of x. Raises SamplingError if it does not fit."""
-    if mask.dtype != torch.bool:
-        raise SamplingError(f"the mask must be boolean, True where x is missing, not {mask.dtype}")
-    if mask.shape not in (x.shape, x.shape[1:]):
-        raise SamplingError(f"the mask must have the shape of x, {tuple(x.shape)}, or of one event, "
-                            f"{tuple(x.shape[1:])}, not {tuple(mask.shape)}")
-    mask = mask.expand_as(x)
-    for missing, bad in (("nothing", ~mask.flatten(1).any(1)), ("everything", mask.flatten(1).all(1))):
-        if _any(bad):
-            raise SamplingError(f"{missing} is missing in {bad.sum()} of {len(x)} samples, the first of them "
-                                f"{bad.int().argmax()}: impute needs something observed and something missing in each")
-    return mask

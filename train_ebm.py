@@ -28,26 +28,71 @@ One run fills one directory: density.png, mode_weights.png, metrics.jsonl, confi
 
 import copy
 import sys
+from dataclasses import dataclass
 
-import support  # before torch: makes Ctrl-C and SIGTERM one line each
 import torch
 import torch.nn as nn
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
 import losses
-from data import TOYS, gmm40, mixture
+from densities import TOYS, gmm40, mixture
 from ebflow import EBFlow, toy_flow
+from judge import Truth, mixing
 from layers import FullyConnected, Standardize
-from sampling import SamplingError, alternate, tempering
+from sampling import alternate, tempering
 from support import plots, processes, settings
-from support.judge import Truth, mixing
 from support.optimization import cosine, trainable, update_average
 from support.run import Run, RunError, one_line_errors
+from support.settings import setting
 
 CLIP = 10.0    # largest norm of either gradient
 TARGET = 0.574  # acceptance of Langevin, the most efficient in high dimensions (Roberts and Rosenthal 1998)
 FIGURES = ("loss", "grad_norm", "flow_loss", "flow_grad_norm", "acceptance", "global_acceptance")  # of a step
+
+
+def shares(text):
+    """Numbers in proportion to the weights of a mixture, as in 1,2,3,4.   -> tuple that sums to 1"""
+    values = [float(value) for value in text.split(",")]
+    weights = tuple(value / sum(values) for value in values)
+    if not all(0 < weight <= 1 for weight in weights):
+        raise ValueError  # argparse tells
+    return weights
+
+
+@dataclass
+class Settings(settings.Settings):
+    NAME = "ebm-{data}-d{dim}-{sampler}"
+    data: str = setting("mixture", "density, see densities.py",
+                        choices=("mixture", "gmm40", "sine", "swirl", "checkerboard"))
+    dim: int = setting(2, "dimension of the mixture or of gmm40", least=2)
+    weights: shares = setting((0.1, 0.2, 0.3, 0.4), "of the modes, as in 1,2,3,4", of=("mixture",))
+    distance: float = setting(10.0, "between neighbouring modes, in standard deviations", above=0, of=("mixture",))
+    sampler: str = setting("flow", "chains with jumps by a flow, without, with swaps between temperatures, or short "
+                           "ones from noise", choices=("flow", "langevin", "tempering", "short"))
+    start: str = setting("equal", "chains in each mode at the start: equally many, or as many as data",
+                         choices=("equal", "data"), of=("mixture", "gmm40"))
+    replicas: int = setting(8, "temperatures, from 1 to --hottest in equal ratios", least=2, of=("tempering",))
+    hottest: float = setting(10.0, "highest temperature", above=1, of=("tempering",))
+    base: str = setting("gaussian", "the density that exp(-f) tilts: none, or one fitted to the data",
+                        choices=("none", "gaussian", "flow"))
+    adjusted: bool = setting(True, "accept or reject Langevin steps (Metropolis)", of=("flow", "langevin", "short"))
+    steps: int = setting(50, "updates of θ and of α in an epoch", above=0)
+    chains: int = setting(1000, "Markov chains", above=0)
+    batch_size: int = setting(1000, "fresh data in a step", above=0)
+    local_steps: int = setting(5, "Langevin steps before each jump", above=0)
+    step_size: float = setting(0.3, "of Langevin at the start; it adapts to accept 57.4 percent", above=0)
+    lr: float = setting(2e-3, "highest learning rate of the energy θ", above=0)
+    flow_lr: float = setting(2e-3, "highest learning rate of the flow α", above=0)
+    energy_width: int = setting(128, "units of the energy's network", above=0)
+    blocks: int = setting(6, "blocks of the flow", above=0)
+    width: int = setting(64, "units in the couplings' networks", above=0)
+    start_steps: int = setting(300, "steps in which the flow is fitted to the data first", least=0)
+    test_points: int = setting(20_000, "points of each evaluation; five times as many at the end", least=8)
+    mixing_rounds: int = setting(300, "rounds of the chains at the end, in which crossings are counted", above=0)
+
+    def recipe(self):
+        return dict(local_steps=20) if self.sampler == "short" else {}
 
 
 def train(s, device):
@@ -61,47 +106,48 @@ def train(s, device):
 
     parts = {"model": model, "averaged": averaged, "optimizer": optimizer, "flow_optimizer": flow_optimizer}
     parts = {name: part for name, part in parts.items() if part}
-    with Run(s, "lower --lr or --flow-lr", parts) as run:
-        if run.state["epoch"] < 0:
-            if "flow" in (s.sampler, s.base):
-                start_from(s, model, fit_flow(s, data, device))
-            averaged.load_state_dict(model.state_dict())
-            # By default equally many chains start in each mode, which is wrong. The sampler has to correct that.
-            chains = data.sample(s.chains, device, **({"equally": s.start == "equal"} if truth.modes else {}))
-            T = ladder(s, device)
-            chains, step_size = chains.repeat(len(T), 1, 1), s.step_size * T           # (T, B, D), (T,)
-        else:
-            chains, step_size = run.state["chains"].to(device), run.state["step_size"].to(device)
+    run = Run(s, parts)
+    if run.state["epoch"] < 0:
+        if "flow" in (s.sampler, s.base):
+            start_from(s, model, fit_flow(s, data, device))
+        averaged.load_state_dict(model.state_dict())
+        # By default equally many chains start in each mode, which is wrong. The sampler has to correct that.
+        chains = data.sample(s.chains, device, **({"equally": s.start == "equal"} if truth.modes else {}))
+        T = ladder(s, device)
+        chains, step_size = chains.repeat(len(T), 1, 1), s.step_size * T           # (T, B, D), (T,)
+    else:
+        chains, step_size = run.state["chains"].to(device), run.state["step_size"].to(device)
 
-        for epoch in range(run.state["epoch"] + 1, s.epochs + 1):      # epoch 0 shows what the start alone is worth
-            if epoch:
-                torch.manual_seed(1_000_003 * s.seed + epoch)          # a resumed run has no generator to restore
-            for i in run.watch(epoch, range(s.steps if epoch else 0)):
-                n = (epoch - 1) * s.steps + i
-                optimizer.param_groups[0]["lr"] = s.lr * cosine(n / (s.epochs * s.steps))
-                if flow_optimizer:
-                    flow_optimizer.param_groups[0]["lr"] = s.flow_lr * cosine(n / (s.epochs * s.steps))
-                x = data.sample(s.batch_size, device)
-                chains, step_size, figures = step(s, model, chains, step_size, x, optimizer, flow_optimizer)
-                update_average(trainable(averaged), trainable(model), n, m=0.99)
-                run.record(figures)
+    for epoch in range(run.state["epoch"] + 1, s.epochs + 1):          # epoch 0 shows what the start alone is worth
+        if epoch:
+            torch.manual_seed(1_000_003 * s.seed + epoch)              # a resumed run has no generator to restore
+        for i in run.watch(epoch, range(s.steps if epoch else 0)):
+            n = (epoch - 1) * s.steps + i
+            optimizer.param_groups[0]["lr"] = s.lr * cosine(n / (s.epochs * s.steps))
+            if flow_optimizer:
+                flow_optimizer.param_groups[0]["lr"] = s.flow_lr * cosine(n / (s.epochs * s.steps))
+            x = data.sample(s.batch_size, device)
+            chains, step_size, figures = step(s, model, chains, step_size, x, optimizer, flow_optimizer)
+            update_average(trainable(averaged), trainable(model), n, m=0.99)
+            run.record(figures)
 
-            row = {"epoch": epoch, "step": epoch * s.steps} | dict.fromkeys(FIGURES) | run.means
-            row |= truth.figures(averaged, chains[0]) | {"step_size": step_size[0].item()}
-            state = {"epoch": epoch, "chains": chains, "step_size": step_size}
-            run.save(row, state, shown=("val_kl", "tv", "ess", "acceptance", "global_acceptance"))
-            for warning in warnings(s, row):
-                print(f"warning: {warning}", file=sys.stderr)
+        row = {"epoch": epoch, "step": epoch * s.steps} | dict.fromkeys(FIGURES) | run.means
+        row |= truth.figures(averaged, chains[0]) | {"step_size": step_size[0].item()}
+        state = {"epoch": epoch, "chains": chains, "step_size": step_size}
+        run.save(row, state, shown=("val_kl", "tv", "ess", "acceptance", "global_acceptance"))
+        for kind, flags in (("acceptance", "--step-size"), ("global_acceptance", "--start-steps, --replicas")):
+            if row[kind] == 0:
+                print(f"warning: {kind} 0 in epoch {epoch}, chains stand still: see {flags}, --lr", file=sys.stderr)
 
-        truth = Truth(data, 5 * s.test_points, s.dim, device)  # also starts the random numbers of what follows
-        figures = truth.figures(averaged, chains[0], "test")
-        run.finish(figures | mixing(s, lambda x: move(s, averaged, x, step_size), chains, truth))
-        if figures["test_nll"] is None:
-            print("warning: no Z, NLL, KL or weights: p_θ lies elsewhere than the points around the true modes, whose "
-                  f"effective sample size is {figures['ess']:.2%} of their number", file=sys.stderr)
-        run.picture("density.png", plots.ebm(averaged, truth, chains[0]))
-        if truth.modes:
-            run.picture("mode_weights.png", plots.mode_weights(run.metrics, data))
+    truth = Truth(data, 5 * s.test_points, s.dim, device)  # also starts the random numbers of what follows
+    figures = truth.figures(averaged, chains[0], "test")
+    run.finish(figures | mixing(s, lambda x: move(s, averaged, x, step_size), chains, truth))
+    if figures["test_nll"] is None:
+        print("warning: no Z, NLL, KL or weights: p_θ lies elsewhere than the points around the true modes, whose "
+              f"effective sample size is {figures['ess']:.2%} of their number", file=sys.stderr)
+    plots.save(s.out / "density.png", plots.ebm(averaged, truth, chains[0]))
+    if truth.modes:
+        plots.save(s.out / "mode_weights.png", plots.mode_weights(run.metrics, data))
 
 
 def step(s, model, chains, step_size, x, optimizer, flow_optimizer):
@@ -161,19 +207,8 @@ def start_from(s, model, flow):
             part.load_state_dict(flow.state_dict())
 
 
-def warnings(s, row):
-    """What stood still in an epoch, and why that may be."""
-    if row["acceptance"] == 0:
-        yield f"Langevin accepted nothing in epoch {row['epoch']}: lower --step-size, or --lr if E has become too steep"
-    if s.sampler == "tempering" and row["global_acceptance"] == 0:
-        yield f"no swap was accepted in epoch {row['epoch']}: raise --replicas, or lower --hottest"
-    if s.sampler == "flow" and row["global_acceptance"] == 0:
-        yield (f"none of the flow's proposals was accepted in epoch {row['epoch']}, so no chain changes its mode: the "
-               "flow is far from the chains; raise --start-steps, --flow-lr, --blocks or --width, or lower --lr")
-
-
 def density(s):
-    """The density of the data, see data.py."""
+    """The density of the data, see densities.py."""
     if s.data == "mixture":
         return mixture(s.dim, s.weights, s.distance)
     return gmm40(s.dim) if s.data == "gmm40" else TOYS[s.data]()
@@ -234,8 +269,8 @@ def make_flow(s, x):
 
 
 def main(argv=None):
-    s = settings.parse(settings.Ebm, argv)
-    with one_line_errors(torch.linalg.LinAlgError, SamplingError), processes.joined(s.device) as device:
+    s = settings.parse(Settings, argv)
+    with one_line_errors(torch.linalg.LinAlgError), processes.joined(s.device) as (device, *_):
         if s.dim > 2 and s.data in TOYS:
             raise RunError(f"--dim must be 2 for --data {s.data}, not {s.dim}")
         train(s, device)

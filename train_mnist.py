@@ -4,72 +4,111 @@
 
 One run fills one directory: curves.png, samples.png, metrics.jsonl, config.json, and checkpoint.pt, from which
 --resume continues. NLL is that of images in [0, 256)^D, in nats; bits/dim = NLL / (D ln 2). The validation split
-decides which epoch is kept, and the test split is read once, at the end. Recipes and settings: support/settings.py.
+decides which epoch is kept, and the test split is read once, at the end.
 """
 
 import copy
 import math
+from dataclasses import dataclass
+from pathlib import Path
 
-import support  # before torch: makes Ctrl-C and SIGTERM one line each
 import torch
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from data import DataError, dequantize, digest, load_images
+from data import MNIST, DataError, dequantize, digest, load_images
 from ebflow import EBFlow, cnn_flow, fc_flow, glow_flow, logit_preprocessing
-from layers import ActNorm, ConstantChannel, FullyConnected
+from layers import ActNorm, FullyConnected
 from losses import OBJECTIVES
+from recipes import PAPER, RECIPES
 from support import plots, processes, settings
 from support.fast import accelerated, fast_products
 from support.optimization import cosine, trainable, update_average
-from support.run import Run, RunError, one_line_errors
+from support.run import Run, RunError, one_line_errors, read_checkpoint
+from support.settings import setting
 
 
-def train(s, device):
-    # Data: bytes (n, C, H, W), on the device
-    splits = load_images(s.data)
+@dataclass
+class Settings(settings.Settings):
+    """One line says default, meaning, range or choices, and what has the setting; recipes.py changes the defaults."""
+    NAME = "mnist-{arch}-{loss}"
+    loss: str = setting("dsm", "objective, see losses.py", choices=OBJECTIVES)
+    arch: str = setting("fc", "architecture, see ebflow.py", choices=("fc", "cnn", "glow"))
+    paper: bool = setting(False, "the published recipe in place of ours")
+    data: Path = setting(MNIST, "directory of MNIST's or CIFAR-10's files, or a .npy file of bytes", decides=False)
+    flip: bool = setting(False, "mirror the images of every other batch")
+    map: bool = setting(True, "MaP: match after pre-processing")
+    ema: bool = setting(True, "EMA: evaluate the moving average of the weights")
+    optimizer: str = setting("adam", "optimiser", choices=("adam", "rmsprop"))
+    weight_decay: float = setting(0.0, "L2 penalty, as the optimiser applies it", least=0)
+    schedule: str = setting("cosine", "of the learning rate; steps as published", choices=("cosine", "steps"))
+    decay: float = setting(0.95, "factor after each of the first 49 epochs", above=0, most=1, of=("steps",))
+    clip: float = setting(0.0, "largest norm of the gradient; 0: any", least=0)
+    s: float = setting(1.0, "scale of the logits: z = logit(x / 256) / s", above=0)
+    normalize: str = setting("center", "ours: raw logits; mean 0; mean 0 and variance 1; mean 0 and covariance I",
+                             choices=("none", "center", "scale", "whiten"))
+    diagonal: float = setting(1.0, "weights start at diagonal · I", of=("fc", "cnn"))
+    bias: float = setting(0.0, "biases start at this, a CNN's at random with this times Xavier's std", of=("fc", "cnn"))
+    bend: float = setting(0.0, "ours: the activation bends at -bend and is 0 at 0; None in --paper", of=("fc", "cnn"))
+    actnorm: str = setting("none", "last layer: none, or an actnorm, trained, (ours) at the moments of its input, or "
+                           "with all others held at the start's", choices=("none", "trained", "moments", "held"))
+    width: int = setting(32, "channels of the couplings' networks; 512 as published", above=0, of=("glow",))
+    depth: int = setting(4, "steps of a block; 16 as published", above=0, of=("glow",))
+    floor: float = setting(0.0, "ours: smallest scale of a coupling; 0: none", least=0, below=1, of=("glow",))
+    coupling: str = setting("sigmoid", "its scale; tanh as published", choices=("sigmoid", "tanh"), of=("glow",))
+    model_samples: int = setting(100, "samples of the model in a step", above=0, of=("sml",))
+    sigma: float = setting(0.4, "dsm's σ; ours: noise for ssm and fdssm, too", least=0, of=("ssm", "dsm", "fdssm"))
+    xi: float = setting(1.0, "length ξ of the finite difference", above=0, of=("fdssm",))
+    energy_weight: float = setting(0.0, "λ of an added λ E(z); published for Glow", least=0, of=("ssm", "dsm", "fdssm"))
+    compile: bool = setting(False, "torch.compile the gradient", decides=False)
+
+    def recipe(self):
+        return (PAPER if self.paper else RECIPES).get(f"{self.arch} {self.loss}", {})
+
+
+def train(s, device, rank=0, size=1):
+    """Trains, evaluates after each epoch, and keeps the best. Under torchrun this is process `rank` of `size`."""
+    splits = load_images(s.data)                                       # bytes (n, C, H, W)
     train_set, val_set, test_set = [split.to(device) for split in splits]
     steps = len(train_set) // s.batch_size
-    if steps == 0:
-        raise RunError(f"{len(train_set)} training images do not fill a batch of {s.batch_size}: lower --batch-size")
+    if steps == 0 or s.batch_size % size:
+        raise RunError(f"{size} processes cannot share --batch-size {s.batch_size} of {len(train_set)} training images")
 
-    # Flow: x -> z by the pre-processing, z -> u by what is trained
     torch.manual_seed(s.seed)
-    pre, flow = build(s, splits[0])
+    pre, flow = build(s, splits[0])                                    # x -> z by the pre-processing, z -> u
     model = EBFlow([*pre.layers, *flow.layers], pre.shape).to(device)  # of x; pre and flow are its parts
     averaged = copy.deepcopy(model)                                    # θ̃ of EMA
     step, optimizer = make_step(s, pre, flow, model, averaged)
-
     parts = {"model": model, "averaged": averaged, "optimizer": optimizer}
-    with Run(s, "lower --lr, or set or lower --clip", parts, images=[*splits[0].shape], sha256=digest(splits)) as run:
-        print(model, flush=True)
-        best = run.state["best"] if run.state["epoch"] >= 0 else {"epoch": 0, "val_nll": math.inf, "model": {}}
-        for epoch in range(run.state["epoch"] + 1, s.epochs + 1):      # epoch 0 shows what the start alone is worth
-            torch.manual_seed(1_000_003 * s.seed + epoch)              # a resumed run has no generator to restore
-            order = torch.randperm(len(train_set), device=device)[:steps * s.batch_size]
-            batches = order.split(s.batch_size) if epoch else ()
-            for i, index in enumerate(run.watch(epoch, batches)):
-                n = (epoch - 1) * steps + i                            # steps before this one
-                factor = cosine(n / (s.epochs * steps)) if s.schedule == "cosine" else s.decay ** min(epoch - 1, 49)
-                optimizer.param_groups[0]["lr"] = s.lr * factor
-                run.record(step(train_set[index], n))
+    run = Run(s, parts, images=[*splits[0].shape], sha256=digest(splits), processes=size)
+    print(model, flush=True)
+    best = run.state.get("best", {"epoch": 0, "val_nll": math.inf, "model": {}})
+    for epoch in range(run.state["epoch"] + 1, s.epochs + 1):          # epoch 0 shows what the start alone is worth
+        torch.manual_seed(1_000_003 * s.seed + epoch + (rank << 24))   # a resumed run has no generator to restore
+        order = processes.agreed(torch.randperm(len(train_set), device=device))
+        batches = order[:steps * s.batch_size].view(steps, s.batch_size)[:, rank::size] if epoch else ()
+        for i, index in enumerate(run.watch(epoch, batches)):
+            n = (epoch - 1) * steps + i                                # steps before this one
+            factor = cosine(n / (s.epochs * steps)) if s.schedule == "cosine" else s.decay ** min(epoch - 1, 49)
+            optimizer.param_groups[0]["lr"] = s.lr * factor
+            run.record(step(train_set[index], n))
 
-            evaluated = copy.deepcopy(averaged if s.ema else model)
-            if s.actnorm == "moments":                                 # ours: clean images; training saw noisy ones
-                torch.manual_seed(0)
-                track_moments(evaluated, dequantize(train_set[:5000]).view(-1, *model.shape))
-            row = {"epoch": epoch, "step": epoch * steps, "loss": None} | run.means
-            row |= evaluate("val", evaluated, val_set)                 # exact, with log Z
-            if epoch and row["val_nll"] < best["val_nll"]:
-                best = {"epoch": epoch, "val_nll": row["val_nll"], "model": evaluated.state_dict()}
-            run.save(row, {"epoch": epoch, "best": best}, shown=("loss", "batches_per_second"))
+        evaluated = copy.deepcopy(averaged if s.ema else model)
+        if s.actnorm == "moments":                                     # ours: clean images; training saw noisy ones
+            torch.manual_seed(0)
+            track_moments(evaluated, dequantize(train_set[:5000]).view(-1, *model.shape))
+        row = {"epoch": epoch, "step": epoch * steps, "loss": None} | run.means
+        row |= evaluate("val", evaluated, val_set)                     # exact, with log Z
+        if epoch and row["val_nll"] < best["val_nll"]:
+            best = {"epoch": epoch, "val_nll": row["val_nll"], "model": evaluated.state_dict()}
+        run.save(row, {"epoch": epoch, "best": best}, shown=("loss", "batches_per_second"))
 
-        model.load_state_dict(best["model"])
-        test = {"best_epoch": best["epoch"], "best_val_nll": best["val_nll"]} | evaluate("test", model, test_set)
-        torch.manual_seed(0)
-        samples = model.sample(64).view(64, *splits[0].shape[1:])
-        run.finish(test)
-        run.picture("curves.png", plots.curves(run.metrics, s.loss))
-        run.picture("samples.png", plots.mosaic(samples))
+    model.load_state_dict(best["model"])
+    test = {"best_epoch": best["epoch"], "best_val_nll": best["val_nll"]} | evaluate("test", model, test_set)
+    torch.manual_seed(0)
+    samples = model.sample(64).view(64, *splits[0].shape[1:])
+    run.finish(test)
+    plots.save(s.out / "curves.png", plots.curves(run.metrics, s.loss))
+    plots.save(s.out / "samples.png", plots.mosaic(samples))
 
 
 def make_step(s, pre, flow, model, averaged):
@@ -80,8 +119,6 @@ def make_step(s, pre, flow, model, averaged):
     model  the flow of x, whose parameters are trained; averaged has their moving averages
     """
     matched = flow if s.map else model                                 # MaP: whose energy the objective sees
-    if s.loss == "dsm" and s.sigma == 0:
-        raise RunError("--sigma must be above 0 for dsm, which divides by it")
     parameters, averages = trainable(model), trainable(averaged)
     if s.optimizer == "adam":
         optimizer = torch.optim.Adam(parameters, lr=s.lr, weight_decay=s.weight_decay, fused=True)
@@ -90,9 +127,10 @@ def make_step(s, pre, flow, model, averaged):
     objective, config = OBJECTIVES[s.loss], s.config()                 # losses.py: it reads its own settings only
 
     def gradient(z):                                                   # leaves ∇_θ in p.grad
-        loss = objective(matched, z, share=processes.share, **config)
+        # A GPU records this once: only z and θ change from step to step, and nothing may wait for the GPU.
+        loss = objective(matched, z, **config)
         if s.energy_weight > 0:                                        # λ·E(z), published for Glow alone
-            loss = loss + s.energy_weight * matched.energy(processes.share(z)).mean()
+            loss = loss + s.energy_weight * matched.energy(z).mean()
         loss.backward(inputs=parameters)                               # not for z, which is a leaf in ssm and dsm, too
         return loss.detach()
 
@@ -108,9 +146,10 @@ def make_step(s, pre, flow, model, averaged):
         if s.actnorm == "moments" and n % 10 == 0:                     # ours: see track_moments
             noise = torch.randn_like(z)
             track_moments(matched, z + s.sigma * noise if s.loss == "dsm" else z, fraction=0.1)
+            processes.average([*matched.layers[-1].parameters()])
         optimizer.zero_grad()
         loss = gradient(z)
-        loss = processes.average(loss, parameters)                     # over torchrun's processes
+        processes.average([loss, *(p.grad for p in parameters)])       # over torchrun's processes
         norm = get_total_norm([p.grad for p in parameters])
         if s.clip:
             clip_grads_with_norm_(parameters, s.clip, norm)
@@ -123,53 +162,75 @@ def make_step(s, pre, flow, model, averaged):
 
 # ---- The model -------------------------------------------------------------------------------------------------------
 
-@torch.no_grad()
 def build(s, images):
-    """The pre-processing x -> z and the flow of z. Constants are measured on the training images, uint8 (n, C, H, W).
+    """The pre-processing x -> z and the flow of z, set by what is measured on training images (n, C, H, W).
 
-    ours: z is centred or whitened. Whitening is one more linear layer, which is not trained. With --arch fc the family
-    of densities is the same with and without it, since W₁ times the whitening matrix is another W₁.
+    Their layers follow from the shape (C, H, W) of an image alone.
     """
-    shape = (images[0].numel(),) if s.arch == "fc" else tuple(images.shape[1:])
-    pre = logit_preprocessing(shape, s.s)
+    pre = preprocessing(s, images.shape[1:])
     if s.normalize != "none":
-        first, second = 0.0, 0.0
-        for batch in images.split(1000):
-            z = pre(dequantize(batch).view(-1, *shape)).flatten(1).double()  # (B, D)
-            first = first + z.sum(0)
-            second = second + z.T @ z if s.normalize != "center" else 0.0  # slow, not needed there
-        mean = first / len(images)
-        covariance = second / len(images) - mean.outer(mean)
-        std = covariance.diag().sqrt().view(shape) if s.normalize == "scale" else 1.0
-        pre = logit_preprocessing(shape, s.s * std, mean=s.s * mean.view(shape))  # z was divided by s.s already
+        measure(s, pre, images)
+    flow = architecture(s, images.shape[1:])
+    if s.actnorm != "none":
+        flow.initialize(pre(dequantize(images[:1000].view(-1, *pre.shape))))
+    return pre, flow
+
+
+def preprocessing(s, image):
+    shape = (math.prod(image),) if s.arch == "fc" else tuple(image)
+    pre = logit_preprocessing(shape, torch.full(shape, s.s), mean=torch.zeros(shape))
+    if s.normalize == "whiten":
+        pre = EBFlow([*pre.layers, FullyConnected(math.prod(shape)).requires_grad_(False)], shape)
+    return pre
+
+
+def architecture(s, image):
+    if s.arch == "fc":
+        flow = fc_flow(math.prod(image), diagonal=s.diagonal, bias=s.bias, bend=s.bend)
+    elif s.arch == "cnn":
+        flow = cnn_flow(image, diagonal=s.diagonal, bias=s.bias, bend=s.bend)
+    else:
+        flow = glow_flow(image, s.width, s.depth, floor=s.floor, tanh=s.coupling == "tanh")
+    if s.actnorm != "none" and s.arch != "glow":
+        flow = EBFlow([*flow.layers, ActNorm(flow.shapes[-1][0])], flow.shape)
+    for layer in flow.modules() if s.actnorm == "held" else flow.layers[-1:]:
+        if isinstance(layer, ActNorm):
+            layer.requires_grad_(s.actnorm == "trained")
+    return flow
+
+
+@torch.no_grad()
+def measure(s, pre, images):
+    """Sets the constants of the pre-processing so that z of these images is centred, scaled or whitened.
+
+    ours: all three. Whitening is one more linear layer, which is not trained. With --arch fc the family of densities is
+    the same with and without it, since W₁ times the whitening matrix is another W₁.
+    """
+    logits, first, second = EBFlow(pre.layers[:3], pre.shape), 0.0, 0.0
+    for batch in images.split(1000):
+        z = logits(dequantize(batch).view(-1, *pre.shape)).flatten(1).double()  # (B, D)
+        first = first + z.sum(0)
+        second = second + z.T @ z if s.normalize != "center" else 0.0  # slow, not needed there
+    mean = first / len(images)
+    covariance = second / len(images) - mean.outer(mean)
+    pre.layers[2].mean.copy_(s.s * mean.view(pre.shape))
+    if s.normalize == "scale":
+        pre.layers[2].std.copy_(s.s * covariance.diag().sqrt().view(pre.shape))
     if s.normalize == "whiten":
         variances, U = torch.linalg.eigh(covariance)
         if variances[0] < 1e-10 * variances[-1]:
-            raise RunError(f"{len(images)} images have a singular covariance and cannot be whitened: give more "
-                           "images, or --normalize center")
-        whitening = FullyConnected(math.prod(shape)).requires_grad_(False)
-        whitening.weight.copy_(U @ (variances.rsqrt()[:, None] * U.T))  # symmetric: pixels stay pixels
-        pre = EBFlow([*pre.layers, whitening], shape)
-    if s.arch == "glow" and s.actnorm == "none":
-        raise RunError("--arch glow has actnorms: --actnorm is trained, moments or held")
-    try:
-        if s.arch == "fc":
-            flow = fc_flow(*shape, diagonal=s.diagonal, bias=s.bias, bend=s.bend)
-        elif s.arch == "cnn":
-            flow = cnn_flow(shape, diagonal=s.diagonal, bias=s.bias, bend=s.bend)
-        else:
-            flow = glow_flow(shape, s.width, s.depth, floor=s.floor, tanh=s.coupling == "tanh")
-    except ValueError as error:  # an image that does not squeeze, a floor too low
-        size = f"{images.shape[-2]}×{images.shape[-1]}"
-        raise RunError(f"--arch {s.arch} on images of {size}: {error}") from None
-    if s.actnorm != "none":
-        if s.arch != "glow":
-            flow = EBFlow([*flow.layers, ActNorm(flow.shapes[-1][0])], shape)
-        flow.initialize(pre(dequantize(images[:1000].view(-1, *shape))))
-        for layer in flow.modules() if s.actnorm == "held" else flow.layers[-1:]:
-            if isinstance(layer, ActNorm):
-                layer.requires_grad_(s.actnorm == "trained")
-    return pre, flow
+            raise RunError(f"the covariance of {len(images)} images is singular: give more, or --normalize center")
+        pre.layers[3].weight.copy_(U @ (variances.rsqrt()[:, None] * U.T))  # symmetric: pixels stay pixels
+
+
+def load(directory):
+    """The flow of x of a finished run, with its best weights, in eval mode, frozen, on the CPU.   -> EBFlow"""
+    saved = read_checkpoint(Path(directory) / "checkpoint.pt")
+    s = Settings(**{name: value for name, value in saved["config"].items() if hasattr(Settings, name)})
+    pre, flow = (make(s, saved["config"]["images"][1:]) for make in (preprocessing, architecture))
+    model = EBFlow([*pre.layers, *flow.layers], pre.shape)
+    model.load_state_dict(saved["state"]["best"]["model"])
+    return model.eval().requires_grad_(False)
 
 
 @torch.no_grad()
@@ -196,11 +257,9 @@ def evaluate(split, model, images):
 
 
 def main(argv=None):
-    s = settings.parse(settings.Mnist, argv)
-    shared = {"--batch-size": s.batch_size} | ({"--model-samples": s.model_samples} if s.loss == "sml" else {})
-    errors = one_line_errors(DataError, ConstantChannel, torch.linalg.LinAlgError)
-    with errors, processes.joined(s.device, shared) as device:
-        train(s, device)
+    s = settings.parse(Settings, argv)
+    with one_line_errors(DataError, ValueError, torch.linalg.LinAlgError), processes.joined(s.device) as place:
+        train(s, *place)
 
 
 if __name__ == "__main__":

@@ -7,23 +7,51 @@ Both divergences are means over fresh points x of the truth p, so they need no e
     KL(p‖p_θ) = E_p[ log p(x) - log p_θ(x) ]          Fisher(p‖p_θ) = ½ E_p[ ‖∇log p(x) - ∇log p_θ(x)‖² ]
 
 One run fills one directory: density.png, curves.png, metrics.jsonl, config.json, and checkpoint.pt, from which
---resume continues. Recipes and settings: support/settings.py.
+--resume continues.
 """
 
 import copy
 import math
+from dataclasses import dataclass
+from pathlib import Path
 
-import support  # before torch: makes Ctrl-C and SIGTERM one line each
 import torch
 from torch.nn.utils import get_total_norm
 
-from data import TOYS, Toy
+from densities import TOYS, Toy
 from ebflow import toy_flow
 from losses import OBJECTIVES
 from support import plots, processes, settings
 from support.fast import accelerated
 from support.optimization import cosine, trainable, update_average
-from support.run import Run, one_line_errors
+from support.run import Run, one_line_errors, read_checkpoint
+from support.settings import setting
+
+MATCHING = dict(start_smoothing=6.0, anneal=0.85)
+RECIPES = {"ssm": MATCHING, "dsm": MATCHING | dict(anneal=0.7, plateau=0.5), "fdssm": MATCHING}
+
+
+@dataclass
+class Settings(settings.Settings):
+    NAME = "toy-{data}-{loss}"
+    loss: str = setting("dsm", "objective, see losses.py", choices=OBJECTIVES)
+    data: str = setting("swirl", "density, see densities.py", choices=("sine", "swirl", "checkerboard"))
+    steps: int = setting(250, "steps of an epoch", above=0)
+    batch_size: int = setting(512, "fresh points in a step", above=0)
+    lr: float = setting(3e-3, "highest learning rate", above=0)
+    plateau: float = setting(0.0, "fraction of the run at the highest learning rate", least=0, below=1)
+    blocks: int = setting(10, "blocks of the flow", above=0)
+    width: int = setting(64, "units in the couplings' networks", above=0)
+    start_smoothing: float = setting(2.0, "ours: noise on the points at the start; it falls to 0.375", least=0.375)
+    anneal: float = setting(0.5, "ours: fraction of the run in which it falls", above=0, most=1)
+    model_samples: int = setting(512, "samples of the model in a step", above=0, of=("sml",))
+    xi: float = setting(0.2, "length ξ of the finite difference", above=0, of=("fdssm",))
+    test_points: int = setting(20_000, "points that the final figures are means over", least=8)
+    compile: bool = setting(False, "torch.compile the gradient", decides=False)
+
+    def recipe(self):
+        recipe = RECIPES.get(self.loss, {})
+        return recipe | dict(start_smoothing=2.0, anneal=0.5) if self.data == "sine" else recipe  # no turns to unwind
 
 
 def train(s, device):
@@ -35,29 +63,28 @@ def train(s, device):
     step, optimizer = make_step(s, flow, averaged)
     val, test = truth(toy, s.test_points // 4, -1, device), truth(toy, s.test_points, -2, device)
 
-    parts = {"model": flow, "averaged": averaged, "optimizer": optimizer}
-    with Run(s, "lower --lr or raise --start-smoothing", parts) as run:
-        best = run.state["best"] if run.state["epoch"] >= 0 else {"epoch": 0, "val_nll": math.inf, "model": {}}
-        for epoch in range(run.state["epoch"] + 1, s.epochs + 1):      # epoch 0 shows what the start alone is worth
-            torch.manual_seed(1_000_003 * s.seed + epoch)              # a resumed run has no generator to restore
-            for i in run.watch(epoch, range(s.steps if epoch else 0)):
-                n = (epoch - 1) * s.steps + i
-                progress = n / (s.epochs * s.steps)
-                optimizer.param_groups[0]["lr"] = s.lr * cosine(progress, s.plateau)
-                sigma = noise_level(s, progress)
-                x = toy.sample(s.batch_size, device, 0.0 if s.loss == "dsm" else sigma)  # dsm adds it itself
-                run.record(step(x, torch.tensor(sigma, dtype=torch.float64, device=device), n))
+    run = Run(s, {"model": flow, "averaged": averaged, "optimizer": optimizer})
+    best = run.state.get("best", {"epoch": 0, "val_nll": math.inf, "model": {}})
+    for epoch in range(run.state["epoch"] + 1, s.epochs + 1):          # epoch 0 shows what the start alone is worth
+        torch.manual_seed(1_000_003 * s.seed + epoch)                  # a resumed run has no generator to restore
+        for i in run.watch(epoch, range(s.steps if epoch else 0)):
+            n = (epoch - 1) * s.steps + i
+            progress = n / (s.epochs * s.steps)
+            optimizer.param_groups[0]["lr"] = s.lr * cosine(progress, s.plateau)
+            sigma = noise_level(s, progress)
+            x = toy.sample(s.batch_size, device, 0.0 if s.loss == "dsm" else sigma)  # dsm adds it itself
+            run.record(step(x, torch.tensor(sigma, dtype=torch.float64, device=device), n))
 
-            row = {"epoch": epoch, "step": epoch * s.steps, "loss": None} | run.means
-            row |= divergences("val", averaged, *val)
-            if epoch and row["val_nll"] < best["val_nll"]:
-                best = {"epoch": epoch, "val_nll": row["val_nll"], "model": copy.deepcopy(averaged.state_dict())}
-            run.save(row, {"epoch": epoch, "best": best}, shown=("val_kl", "val_fisher", "batches_per_second"))
+        row = {"epoch": epoch, "step": epoch * s.steps, "loss": None} | run.means
+        row |= divergences("val", averaged, *val)
+        if epoch and row["val_nll"] < best["val_nll"]:
+            best = {"epoch": epoch, "val_nll": row["val_nll"], "model": copy.deepcopy(averaged.state_dict())}
+        run.save(row, {"epoch": epoch, "best": best}, shown=("val_kl", "val_fisher", "batches_per_second"))
 
-        flow.load_state_dict(best["model"])
-        run.finish(divergences("test", flow, *test) | {"best_epoch": best["epoch"]})
-        run.picture("curves.png", plots.curves(run.metrics, s.loss))
-        run.picture("density.png", plots.toy(flow, toy, test[0]))
+    flow.load_state_dict(best["model"])
+    run.finish(divergences("test", flow, *test) | {"best_epoch": best["epoch"]})
+    plots.save(s.out / "curves.png", plots.curves(run.metrics, s.loss))
+    plots.save(s.out / "density.png", plots.toy(flow, toy, test[0]))
 
 
 def make_step(s, flow, averaged):
@@ -66,8 +93,8 @@ def make_step(s, flow, averaged):
     optimizer = torch.optim.Adam(parameters, lr=s.lr, fused=True)
     objective, config = OBJECTIVES[s.loss], s.config()                 # losses.py: it reads its own settings only
 
-    def gradient(x, sigma):                                            # leaves ∇_θ in p.grad
-        loss = objective(flow, x, share=processes.share, sigma=sigma, pooled=True, **config)
+    def gradient(x, sigma):                                            # leaves ∇_θ in p.grad; see train_mnist.py
+        loss = objective(flow, x, sigma=sigma, pooled=True, **config)
         loss.backward(inputs=parameters)                               # not for x, which is a leaf in ssm and dsm, too
         return loss.detach()
 
@@ -114,9 +141,17 @@ def divergences(split, model, x, log_prob, score):
     return row
 
 
+def load(directory):
+    """The flow of a finished run, with its best weights, in eval mode, frozen, on the CPU.   -> EBFlow"""
+    saved = read_checkpoint(Path(directory) / "checkpoint.pt")
+    flow = toy_flow(blocks=saved["config"]["blocks"], width=saved["config"]["width"])
+    flow.load_state_dict(saved["state"]["best"]["model"])
+    return flow.eval().requires_grad_(False)
+
+
 def main(argv=None):
-    s = settings.parse(settings.Toy, argv)
-    with one_line_errors(torch.linalg.LinAlgError), processes.joined(s.device) as device:
+    s = settings.parse(Settings, argv)
+    with one_line_errors(ValueError, torch.linalg.LinAlgError), processes.joined(s.device) as (device, *_):
         train(s, device)
 
 

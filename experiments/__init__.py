@@ -8,7 +8,6 @@ import platform
 import sys
 from pathlib import Path
 
-import support  # before torch
 import torch
 
 from support import settings
@@ -43,18 +42,23 @@ def passed_on(kind, own, flags):
 
     Exits with one line where the user changes one of the experiment's own.
     """
-    s, alone = (vars(settings.parse(kind, [*own, *more])) for more in (flags, ()))
+    s, alone = settings.parse(kind, [*own, *flags]), settings.parse(kind, own)
     for flag in own:
         name = flag.removeprefix("--").removeprefix("no-").replace("-", "_")
-        if flag.startswith("--") and s[name] != alone[name]:
+        if flag.startswith("--") and vars(s)[name] != vars(alone)[name]:
             sys.exit(f"error: --{name.replace('_', '-')} is set by the experiment: leave it out")
-    return kind(**s)
+    return s
 
 
 def machine():
     """What the figures of an experiment were measured on, in words."""
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
     return f"{platform.machine()}, {torch.get_num_threads()} threads{gpu}, torch {torch.__version__}"
+
+
+def read_metrics(directory):
+    """The rows of a run's metrics.jsonl."""
+    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
 
 
 def recorded(path, **identity):

@@ -2,29 +2,26 @@
 
     python -m experiments.determinant
 
-E(x) = -log p_u(Wx) is an energy with Z = 1/|det W|. With any density q, Z is a mean (`sampling.py: estimate_log_z`)
-at a cost of O(D²) for each draw:
-
-    1/|det W| = E_q[ p_u(Wx) / q(x) ]
-
-Here W = I + c G / √D with standard normal G, and q = N(0, (LᵀL)⁻¹) with a lower-triangular L, so q costs O(D²), too:
+E(x) = -log p_u(Wx) is an energy with Z = 1/|det W| = E_q[ p_u(Wx) / q(x) ] for any density q. So Z is a mean
+(`sampling.py: estimate_log_z`), at a cost of O(D²) for each draw. Here W = I + c G / √D with standard normal G, and
+q = N(0, (LᵀL)⁻¹) with a lower-triangular L, so q costs O(D²), too:
 
     isotropic    L = √a I; a = ‖W‖²/D makes KL(q‖p) least
     diagonal     L² = diag(WᵀW) makes KL(q‖p) least
     fitted       any L, by stochastic gradient descent on KL(q‖p) = E_q[ ½‖Wx‖² ] + Σ log L_ii + const
 
 The error is known in closed form. Let λ_i be the eigenvalues of L⁻ᵀWᵀWL⁻¹, the precision of p relative to that of q.
-The relative variance of the importance weights w = p_u(Wx) / q(x) is
+The relative variance of the importance weights w = p_u(Wx) / q(x) grows exponentially with D unless the λ_i tend to 1:
 
     Var[w] / E[w]² = Π λ_i / √(2λ_i - 1) - 1,      infinite as soon as one λ_i ≤ ½
 
-It grows exponentially with D unless the λ_i tend to 1. The experiment takes a minute and a half on one core.
-It writes results/determinant.png and results/determinant.json.
+The experiment takes a minute and a half on one core. It writes results/determinant.png and results/determinant.json.
 Source: Chao et al. (2023), the estimate of Z by importance sampling; the variance is a Gaussian integral.
 """
 
 import argparse
 import math
+from itertools import product
 
 import torch
 from matplotlib.figure import Figure
@@ -34,7 +31,8 @@ from ebflow import EBFlow
 from experiments import at_least, folder, machine, record
 from layers import FullyConnected
 from sampling import estimate_log_z
-from support.run import one_line_errors, save_picture
+from support import plots
+from support.run import one_line_errors
 
 
 class Gaussian:
@@ -44,7 +42,7 @@ class Gaussian:
         self.L = L
 
     def sample(self, n):
-        u = torch.randn(n, len(self.L), dtype=self.L.dtype, device=self.L.device)
+        u = torch.randn(n, len(self.L), dtype=self.L.dtype)
         return torch.linalg.solve_triangular(self.L.T, u, upper=True, left=False)  # x Lᵀ = u
 
     def log_prob(self, x):
@@ -52,17 +50,9 @@ class Gaussian:
         return -0.5 * (x @ self.L.T).square().sum(1) + self.L.diagonal().log().sum() - D / 2 * math.log(2 * math.pi)
 
 
-def isotropic(W):
-    return W.square().sum(0).mean().sqrt() * torch.eye(len(W)).to(W)
-
-
-def diagonal(W):
-    return W.square().sum(0).sqrt().diag()
-
-
 def fitted(W, steps=1500, batch_size=256, lr=0.02):
     """L by Adam on KL(q‖p), which starts from the diagonal L. A draw costs O(D²)."""
-    log_diagonal, below = diagonal(W).diagonal().log().requires_grad_(), torch.zeros_like(W).requires_grad_()
+    log_diagonal, below = W.norm(dim=0).log().requires_grad_(), torch.zeros_like(W).requires_grad_()
     optimizer = torch.optim.Adam([log_diagonal, below])
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = lr / math.sqrt(len(W)) * 0.5 * (1 + math.cos(math.pi * step / steps))
@@ -74,29 +64,29 @@ def fitted(W, steps=1500, batch_size=256, lr=0.02):
     return L.detach()
 
 
-PROPOSALS = {"isotropic": isotropic, "diagonal": diagonal, "fitted": fitted}
+REPEATS = 20
+PROPOSALS = {"isotropic": lambda W: W.norm() * len(W)**-0.5 * torch.eye(len(W)).to(W),
+             "diagonal": lambda W: W.norm(dim=0).diag(), "fitted": fitted}
 
 
 def relative_variance(W, L):
     """Var[w] / E[w]² of the importance weights in closed form, ∞ where one of the λ_i is ½ or less."""
     ratio = torch.linalg.solve_triangular(L.T, W.T, upper=True)  # L⁻ᵀWᵀ, whose squared singular values are the λ_i
     eigenvalues = torch.linalg.svdvals(ratio).square()
-    if eigenvalues.min() <= 0.5:
-        return math.inf
-    return torch.expm1((eigenvalues.log() - 0.5 * (2 * eigenvalues - 1).log()).sum()).item()
+    log_second_moment = (eigenvalues.log() - 0.5 * (2 * eigenvalues - 1).log()).sum()
+    return log_second_moment.expm1().item() if eigenvalues.min() > 0.5 else math.inf
 
 
-def measure(D, c, name, samples, repeats, seed=0):
-    """The error of log|det W| for each number of draws, over `repeats` estimates.   -> [a row of the results]"""
-    torch.manual_seed(seed)
+def measure(D, name, samples, c=0.3):
+    """The error of log|det W| for each number of draws, over REPEATS estimates.   -> [a row of the results]"""
+    torch.manual_seed(0)
     layer = FullyConnected(D).double().requires_grad_(False)
     layer.weight += c / math.sqrt(D) * torch.randn(D, D, dtype=torch.float64)
     q = Gaussian(PROPOSALS[name](layer.weight))
     energy, exact = EBFlow([layer], (D,)).energy, layer.log_abs_det((D,)).item()
-    variance = relative_variance(layer.weight, q.L)
-    rows = []
+    variance, rows = relative_variance(layer.weight, q.L), []
     for n in samples:
-        errors = torch.tensor([-estimate_log_z(energy, q, n).log_z - exact for _ in range(repeats)])
+        errors = torch.tensor([-estimate_log_z(energy, q, n).log_z - exact for _ in range(REPEATS)])
         rows.append({"D": D, "c": c, "q": name, "samples": n, "exact": exact, "bias": errors.mean().item(),
                      "rmse": errors.square().mean().sqrt().item(),
                      "relative_variance": variance if variance < math.inf else None})
@@ -115,9 +105,9 @@ def picture(by_samples, by_dimension):
     for axes, rows, key in ((left, by_samples, "samples"), (right, by_dimension, "D")):
         for i, name in enumerate(PROPOSALS):
             own = [row for row in rows if row["q"] == name]
-            axes.loglog([row[key] for row in own], [row["rmse"] for row in own], "o-", color=f"C{i}", ms=4, label=name)
-            finite = [row for row in own if predicted(row)]
-            axes.loglog([row[key] for row in finite], [predicted(row) for row in finite], ":", color=f"C{i}")
+            x = [row[key] for row in own]
+            axes.loglog(x, [row["rmse"] for row in own], "o-", color=f"C{i}", ms=4, label=name)
+            axes.loglog(x, [predicted(row) or math.nan for row in own], ":", color=f"C{i}")
         axes.grid(alpha=0.3)
     D, n, c = by_samples[0]["D"], by_dimension[0]["samples"], by_samples[0]["c"]
     left.set(xlabel="draws", ylabel="error of log|det W| (nats)", title=f"D = {D}, W = I + {c:g} G/√D",
@@ -129,34 +119,21 @@ def picture(by_samples, by_dimension):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--c", type=at_least(0, float), default=0.3, help="how far W is from the identity")
     parser.add_argument("--dims", type=at_least(1), nargs="+", default=[2, 4, 8, 16, 32, 64, 128, 256, 512])
-    parser.add_argument("--samples", type=at_least(1), nargs="+", default=[100, 300, 1000, 3000, 10_000, 30_000])
     parser.add_argument("--dim", type=at_least(1), default=64, help="D of the figure against draws")
-    parser.add_argument("--repeats", type=at_least(1), default=20)
     parser.add_argument("--results", type=folder, default="results")
     a = parser.parse_args(argv)
     with one_line_errors():
-        experiment(a)
-
-
-def experiment(a):
-    n = sorted(a.samples)[len(a.samples) * 2 // 3]
-    by_samples, by_dimension = [], []
-    with tqdm(total=len(PROPOSALS) * (1 + len(a.dims)), dynamic_ncols=True) as bar:
-        for name in PROPOSALS:
-            for rows, D, samples in [(by_samples, a.dim, sorted(a.samples)),
-                                     *((by_dimension, D, [n]) for D in sorted(a.dims))]:
-                bar.set_postfix(D=D, q=name)
-                rows += measure(D, a.c, name, samples, a.repeats)
-                bar.update()
-    save_picture(a.results / "determinant.png", picture(by_samples, by_dimension))
-    result = {"command": "python -m experiments.determinant", "machine": machine(), "repeats": a.repeats,
-              "by_samples": by_samples, "by_dimension": by_dimension}
-    record(a.results / "determinant.json", result)
-    for row in by_dimension:
-        print(f"D = {row['D']:4}  {row['q']:10} exact {row['exact']:8.3f}  error {row['rmse']:8.4f}  "
-              f"bias {row['bias']:8.4f}  closed form {predicted(row) or math.inf:.4f}")
+        by_samples = [row for name in PROPOSALS for row in measure(a.dim, name, [100, 300, 1000, 3000, 10_000, 30_000])]
+        by_dimension = [row for name, D in tqdm([*product(PROPOSALS, sorted(a.dims))], disable=None)
+                        for row in measure(D, name, [10_000])]
+        plots.save(a.results / "determinant.png", picture(by_samples, by_dimension))
+        record(a.results / "determinant.json", {
+            "command": "python -m experiments.determinant", "machine": machine(), "repeats": REPEATS,
+            "by_samples": by_samples, "by_dimension": by_dimension})
+        for row in by_dimension:
+            print(f"D = {row['D']:4}  {row['q']:10} exact {row['exact']:8.3f}  error {row['rmse']:8.4f}  "
+                  f"bias {row['bias']:8.4f}  closed form {predicted(row) or math.inf:.4f}")
 
 
 if __name__ == "__main__":

@@ -6,10 +6,9 @@ The data have ten dimensions, and each of them depends on the one before:
 
     y_1 = n_1,      y_i = tanh(5 n_i) (y_{i-1} + 2·2^i)  for i = 2 … 10,      n standard normal
 
-Maximum likelihood fits flows to fresh draws. A flow has 10 blocks of (linear layers, smooth leaky ReLU) and last linear
-layers. The linear layers of a block are one full matrix, one lower or upper triangular one, or the product of an upper
-and a lower one. A triangular determinant costs O(D). But triangular layers of one kind with element-wise layers between
-them are a triangular map however many they are, even if the data need another order of the dimensions.
+Maximum likelihood fits flows of 10 blocks to fresh draws. The linear layers of a block are one full matrix, one lower
+or upper triangular one, or the product of an upper and a lower one. A triangular determinant costs O(D). But triangular
+layers of one kind with element-wise layers between them are a triangular map however many they are.
 
 The experiment takes ten minutes on one core. It writes results/linear-masks.png and results/linear-masks.json: the NLL
 of fresh draws, beside the exact entropy. Source: Chao et al. (2023), the comparison of constrained linear layers.
@@ -25,13 +24,14 @@ from torch.nn.utils import parametrize
 from tqdm import tqdm
 
 import losses
-from data import gauss_legendre
+from densities import gauss_legendre
 from ebflow import EBFlow
 from experiments import at_least, folder, record
 from layers import ActNorm, FullyConnected, SmoothLeakyReLU
-from support.run import RunError, one_line_errors, save_picture
+from support import plots
+from support.run import one_line_errors
 
-DIM = 10
+DIM, BATCH_SIZE, LR = 10, 512, 2e-3
 LAYERS = {"full": [None], "lower": [torch.tril], "upper": [torch.triu], "upper × lower": [torch.tril, torch.triu]}
 
 
@@ -50,7 +50,7 @@ def entropy(n=1_000_000):
     E log of the first factor is a quadrature, that of the second one a mean over n draws.
     """
     t, w = gauss_legendre(2000, -10, 10)
-    log_cosh = 5 * t.abs() + torch.log1p(torch.exp(-10 * t.abs())) - math.log(2)
+    log_cosh = torch.logaddexp(5 * t, -5 * t) - math.log(2)
     log_sech2 = -2 * (w * torch.exp(-t.square() / 2) / math.sqrt(2 * math.pi) * log_cosh).sum()
     scales = data(torch.randn(n, DIM))[:, :-1] + 2 * 2.0 ** torch.arange(2, DIM + 1)
     mean = scales.abs().log().sum(1)  # (n,)
@@ -63,10 +63,7 @@ class Masked(nn.Module):
 
     def __init__(self, mask):
         super().__init__()
-        self.mask = mask
-
-    def forward(self, W):
-        return self.mask(W)
+        self.forward = mask
 
 
 def masked_flow(masks, blocks=10):
@@ -74,65 +71,34 @@ def masked_flow(masks, blocks=10):
     def linear():
         for mask in masks:
             layer = FullyConnected(DIM)
-            if mask is not None:
-                parametrize.register_parametrization(layer, "weight", Masked(mask))
-            yield layer
+            yield parametrize.register_parametrization(layer, "weight", Masked(mask)) if mask else layer
 
-    layers = [ActNorm(DIM)]
-    for _ in range(blocks):
-        layers += [*linear(), SmoothLeakyReLU(bend=0.0)]
-    return EBFlow([*layers, *linear()], (DIM,))
+    hidden = [layer for _ in range(blocks) for layer in (*linear(), SmoothLeakyReLU(bend=0.0))]
+    return EBFlow([ActNorm(DIM), *hidden, *linear()], (DIM,))
 
 
-def train(masks, steps, batch_size, lr, seed, every, label):
+def train(name, seed, steps, every):
     """Maximum likelihood.   -> NLL of fresh draws after every `every` steps"""
     torch.manual_seed(seed)
-    flow = masked_flow(masks)
+    flow = masked_flow(LAYERS[name])
     test = data(torch.randn(20_000, DIM))
     flow.initialize(test)
-    optimizer = torch.optim.Adam(flow.parameters(), lr=lr)
-    nlls = []
-    with tqdm(range(steps + 1), desc=f"{label}, seed {seed}", dynamic_ncols=True) as bar:
-        for step in bar:
-            if step % every == 0:
-                with torch.no_grad():
-                    nlls.append(losses.ml(flow.log_prob, test).item())
-                bar.set_postfix(nll=f"{nlls[-1]:.3f}")
-            optimizer.param_groups[0]["lr"] = lr * 0.5 * (1 + math.cos(math.pi * step / steps))
-            optimizer.zero_grad()
-            losses.ml(flow.log_prob, data(torch.randn(batch_size, DIM))).backward()
-            optimizer.step()
+    optimizer, nlls = torch.optim.Adam(flow.parameters()), []
+    for step in tqdm(range(steps + 1), f"{name}, seed {seed}", leave=False, dynamic_ncols=True, disable=None):
+        if step % every == 0:
+            with torch.no_grad():
+                nlls.append(losses.ml(flow.log_prob, test).item())
+        optimizer.param_groups[0]["lr"] = LR * 0.5 * (1 + math.cos(math.pi * step / steps))
+        optimizer.zero_grad()
+        losses.ml(flow.log_prob, data(torch.randn(BATCH_SIZE, DIM))).backward()
+        optimizer.step()
     return nlls
 
 
-def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=at_least(1), default=4000)
-    parser.add_argument("--batch-size", type=at_least(1), default=512)
-    parser.add_argument("--lr", type=at_least(1e-9, float), default=2e-3)
-    parser.add_argument("--seeds", type=at_least(1), default=3, help="the number of seeds")
-    parser.add_argument("--results", type=folder, default="results")
-    a = parser.parse_args(argv)
-    torch.set_default_dtype(torch.float64)  # in float32 tanh is exactly ±1 for 7 % of the draws
-    with one_line_errors(torch.linalg.LinAlgError):
-        experiment(a)
-
-
-def experiment(a):
-    torch.manual_seed(0)
-    floor, error = entropy()
-    every = max(1, a.steps // 100)
-    curves = {name: [train(masks, a.steps, a.batch_size, a.lr, seed, every, name) for seed in range(a.seeds)]
-              for name, masks in LAYERS.items()}
-    if not all(math.isfinite(nll) for runs in curves.values() for run in runs for nll in run):
-        raise RunError("an NLL is not finite: lower --lr")
-
-    result = {"entropy": floor, "entropy_se": error,
-              "nll": {name: [run[-1] for run in runs] for name, runs in curves.items()},
-              "command": "python -m experiments.linear_masks", "steps": a.steps, "batch_size": a.batch_size, "lr": a.lr}
-    record(a.results / "linear-masks.json", result)
+def picture(curves, every, floor):
+    """NLL against steps, and the entropy under the gap in the axis."""
     figure = Figure(figsize=(6.5, 4.2), layout="constrained")
-    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[6, 1])  # the axis is broken between them
+    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[6, 1])
     for i, (name, runs) in enumerate(curves.items()):
         for run in runs:
             top.plot([every * k for k in range(len(run))], run, color=f"C{i}", lw=1, alpha=0.8,
@@ -146,10 +112,28 @@ def experiment(a):
     for axes, side in ((top, "bottom"), (bottom, "top")):
         axes.spines[side].set_visible(False)
         axes.grid(alpha=0.3)
-    save_picture(a.results / "linear-masks.png", figure)
+    return figure
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=at_least(1), default=4000)
+    parser.add_argument("--seeds", type=at_least(1), default=3, help="the number of seeds")
+    parser.add_argument("--results", type=folder, default="results")
+    a = parser.parse_args(argv)
+    torch.set_default_dtype(torch.float64)  # in float32 tanh is exactly ±1 for 7 % of the draws
+    torch.manual_seed(0)
+    floor, error = entropy()
+    every = max(1, a.steps // 100)
+    with one_line_errors():
+        curves = {name: [train(name, seed, a.steps, every) for seed in range(a.seeds)] for name in LAYERS}
+        record(a.results / "linear-masks.json", {
+            "entropy": floor, "entropy_se": error,
+            "nll": {name: [run[-1] for run in runs] for name, runs in curves.items()},
+            "command": "python -m experiments.linear_masks", "steps": a.steps, "batch_size": BATCH_SIZE, "lr": LR})
+        plots.save(a.results / "linear-masks.png", picture(curves, every, floor))
     print(f"entropy          {floor:.3f} ± {error:.3f}")
-    for name, runs in curves.items():
-        print(f"{name:16} " + ", ".join(f"{run[-1]:.3f}" for run in runs))
+    print(*(f"{name:16} " + ", ".join(f"{run[-1]:.3f}" for run in runs) for name, runs in curves.items()), sep="\n")
 
 
 if __name__ == "__main__":

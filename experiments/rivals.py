@@ -1,10 +1,10 @@
 """Other ways to train the same flow without its determinants, against exact maximum likelihood and score matching.
 
-    python -m experiments.rivals
+    python -m experiments.rivals             validation NLL against time
+    python -m experiments.rivals --race      time until one level of it, against D
 
-Each method trains the two-layer flow of `train_mnist.py` for 1,500 steps: once from centred pixels, and once from
-whitened ones. Whitening is one more matrix, which W₁ could absorb. Its eigendecomposition counts as training time. Let
-x (B, D) be the batch at the input of a layer, and δ (B, D) the gradient of the loss at its output xWᵀ + b:
+Each method trains the two-layer flow of `train_mnist.py`. Let x (B, D) be the batch at the input of a layer, and δ
+(B, D) the gradient of the loss at its output xWᵀ + b:
 
     ml        exact: the gradient of W is δᵀx - W^{-T}, O(D³)
     relative  that times WᵀW from the right, δᵀ(xWᵀW) - W, all of it O(BD²)   (Gresele et al. 2020)
@@ -12,9 +12,13 @@ x (B, D) be the batch at the input of a layer, and δ (B, D) the gradient of the
               ½(Wᵀ - (δW)ᵀ(xWᵀ)), and λ E‖R(Wx) - x‖², with x held constant, ties the two together (Keller et al. 2021)
     ssm, dsm  as in `losses.py`
 
-Every --every steps the exact validation NLL of the averaged parameters is computed, outside the measured time. The
-experiment takes 7 minutes on two cores. It writes results/rivals.json after every run, and continues from it; then
-results/rivals.png. It prints the table of docs/results.md.
+A run of the comparison has 1,500 steps from centred pixels or from whitened ones; the time to whiten counts. In the
+race an image is n MNIST digits beside each other, drawn at random for every batch, so D = 784 n. Its entropy per digit
+is that of a digit alone, so the level is the same for all D. Each run starts from two matrices I on centred pixels and
+a last actnorm, which every tenth step is set so that its output has mean 0 and variance 1.
+
+The NLL is exact, that of the averaged parameters, and computed outside the measured time. Writes results/rivals.json or
+results/race-DEVICE.json after every run, and continues from it; then the figure. Prints the table of docs/results.md.
 """
 
 import argparse
@@ -22,27 +26,25 @@ import copy
 import math
 import statistics
 import time
-from itertools import islice
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 from torch.autograd.function import once_differentiable
-from torch.nn.utils import get_total_norm
 from tqdm import tqdm
 
+import losses
 import train_mnist
 from data import MNIST, DataError, dequantize, digest, load_images
 from ebflow import EBFlow
-from experiments import at_least, folder, intact, record, recorded
-from experiments.speed import synchronize
-from layers import FullyConnected, LinearLayer
-from losses import OBJECTIVES
-from support import processes, settings
-from support.fast import Graphed, fast_products
-from support.optimization import cosine, trainable, update_average
-from support.run import RunError, one_line_errors, save_picture
+from experiments import at_least, folder, record, recorded
+from layers import FullyConnected
+from support import plots, processes, settings
+from support.optimization import cosine
+from support.run import RunError, one_line_errors
 
 LEVELS = (1105, 1080, 1060)  # nats of validation NLL; the table has the time to reach each
 STARTS = ("center", "whiten")
@@ -56,16 +58,18 @@ METHODS = {  # objective, and flags of train_mnist.py for each start: the best o
 FLOW = ["--diagonal", "1", "--bend", "1.5", "--actnorm", "none"]  # of score matching, when the rates were chosen
 PLAIN = {"ml": [], "ssm": [*FLOW, "--sigma", "0"], "dsm": [*FLOW, "--sigma", "0.4"]}
 
+LEVEL = 1105  # of the race
+# Learning rate, divided by √n for n digits; the steps in which it rises and falls, times n; flags of train_mnist.py.
+# They are the fastest found at n = 1; for ml and relative, the fastest that do not break down at n = 2 and 4 either.
+RACE = {
+    "ml": (4e-3, 120, ["--batch-size", "500"]),
+    "relative": (4e-3, 120, ["--batch-size", "500"]),
+    "ssm": (1e-3, 200, ["--batch-size", "100", "--sigma", "0.4"]),
+    "dsm": (1.5e-3, 160, ["--batch-size", "100", "--sigma", "1"]),
+}
 
-# ---- The methods: layers with the gradients that a method gives them -------------------------------------------------
 
-class SharedLayer(FullyConnected):
-    """A fully-connected layer with the parameters of another one."""
-
-    def __init__(self, layer):
-        super().__init__(len(layer.bias))
-        self.weight, self.bias = layer.weight, layer.bias
-
+# ---- The methods: maximum likelihood with other gradients ------------------------------------------------------------
 
 class RelativeLinear(torch.autograd.Function):
     """x Wᵀ + b. The gradient of W comes out times WᵀW from the right, at two products O(BD²): δᵀx WᵀW = δᵀ(xWᵀW)."""
@@ -81,16 +85,6 @@ class RelativeLinear(torch.autograd.Function):
     def backward(ctx, delta):
         y, W = ctx.saved_tensors
         return delta @ W if ctx.needs_input_grad[0] else None, delta.T @ (y @ W), delta.sum(0)
-
-
-class RelativeLayer(SharedLayer):
-    """The relative gradient. In place of log|det W| stands ½‖W‖², whose gradient is W = W^{-T} WᵀW."""
-
-    def forward(self, x):
-        return RelativeLinear.apply(x, self.weight, self.bias)
-
-    def log_abs_det(self, shape):
-        return 0.5 * self.weight.square().sum()
 
 
 class SelfNormalizingLinear(torch.autograd.Function):
@@ -110,15 +104,25 @@ class SelfNormalizingLinear(torch.autograd.Function):
         return delta_x, 0.5 * delta.T @ x, -0.5 * delta_x.T @ y, delta.sum(0)
 
 
-class SelfNormalizingLayer(SharedLayer):
-    """A learnt R in place of W⁻¹: the log-determinant has the gradients ½Rᵀ for W and -½Wᵀ for R, and no other use.
+class RelativeLayer(FullyConnected):
+    """The relative gradient. Where one is taken, ½‖W‖² stands for log|det W|: its gradient is W = W^{-T} WᵀW."""
+
+    def forward(self, x):
+        return RelativeLinear.apply(x, self.weight, self.bias)
+
+    def log_abs_det(self, shape):
+        return 0.5 * self.weight.square().sum() if torch.is_grad_enabled() else super().log_abs_det(shape)
+
+
+class SelfNormalizingLayer(FullyConnected):
+    """A learnt R for W⁻¹. Where a gradient is taken, the log-determinant's are ½Rᵀ for W and -½Wᵀ for R.
 
     `forward` leaves E‖R(Wx) - x‖² in `reconstruction`.
     """
 
-    def __init__(self, layer, lam=1.0):
-        super().__init__(layer)
-        self.lam, self.R = lam, nn.Parameter(torch.linalg.inv(layer.weight.detach()))
+    def __init__(self, dim, diagonal=1.0, bias=0.0):
+        super().__init__(dim, diagonal, bias)
+        self.R = nn.Parameter(torch.linalg.inv(self.weight.detach()))
 
     def forward(self, x):
         constant = x.detach()
@@ -127,25 +131,17 @@ class SelfNormalizingLayer(SharedLayer):
 
     def log_abs_det(self, shape):
         W, R = self.weight, self.R
-        return 0.5 * ((W * R.detach().T).sum() - (R * W.detach().T).sum())
+        surrogate = 0.5 * ((W * R.detach().T).sum() - (R * W.detach().T).sum())
+        return surrogate if torch.is_grad_enabled() else super().log_abs_det(shape)
 
 
-class Rival(EBFlow):
-    """The flow with its parameters in layers of another kind."""
+def self_norm(flow, x, lam=1.0, **_):
+    """E[ -log p(x) ] + λ E‖R(Wx) - x‖², summed over the fully-connected layers.   -> ()"""
+    loss = losses.ml(flow.log_prob, x)
+    return loss + lam * sum(layer.reconstruction for layer in flow.layers if isinstance(layer, SelfNormalizingLayer))
 
-    def __init__(self, flow, kind):
-        layers = [kind(layer) if isinstance(layer, FullyConnected) else layer for layer in flow.layers]
-        super().__init__(layers, flow.shape)
 
-    def energy(self, x):
-        energy = super().energy(x)
-        return energy + sum(layer.lam * layer.reconstruction for layer in self.layers
-                            if isinstance(layer, SelfNormalizingLayer))
-
-    def log_z(self):
-        """As EBFlow's, without the check that it is finite, which waits for a GPU."""
-        return -sum(layer.log_abs_det(shape) for layer, shape in zip(self.layers, self.shapes)
-                    if isinstance(layer, LinearLayer))
+KINDS = {"relative": RelativeLayer, "self-norm": SelfNormalizingLayer}
 
 
 # ---- Training --------------------------------------------------------------------------------------------------------
@@ -157,136 +153,88 @@ def beside(images, n):
 
 def batches(images, n, size):
     """Endless batches of `beside`, drawn at random, each image once in an epoch.   uint8 (N, …) -> (size, n · D)"""
+    if len(images) // n < size:
+        raise RunError(f"{len(images)} training images, {n} beside each other, do not fill a batch of {size}")
     while True:
         order = torch.randperm(len(images), device=images.device)
         for index in order[:len(images) // n // size * size * n].split(size * n):
             yield beside(images[index], n)
 
 
-def train(name, normalize, flags, steps, every, splits, device, digits=1, until=-math.inf):
-    """One run of a method.   -> {"curve": [(step, seconds, validation NLL)], "broke": why, or None}
+def train(name, normalize, flags, every, splits, device, steps, digits=1, until=-math.inf):
+    """One run of a method.   -> {"curve": [(step, seconds, validation NLL)], "broke": why, or None, "digits"}
 
     flags   of train_mnist.py: for the flow, the batches, the noise, the learning rate and the seed, no others
     every   steps of a stretch, after which the model is evaluated; `steps` is rounded up to whole stretches
-    digits  so many images of the data beside each other are one image here; the NLL is that of one of them
-    until   the run ends where the NLL is as low as this
-
-    The seconds are those of the steps, and those of whitening.
+    digits  so many images beside each other are one image here; the NLL is that of one of them, the lowest `until`
     """
     loss, own = METHODS[name]
-    s = settings.parse(settings.Mnist, ["--loss", loss, "--normalize", normalize, *PLAIN[loss], *own[normalize],
-                                        *flags])
-    train_set, val_set = splits[0], beside(splits[1], digits).to(device)
-    if len(train_set) // digits < s.batch_size or len(val_set) == 0:
-        raise RunError(f"{len(train_set)} training images, {digits} beside each other, do not fill a batch of "
-                       f"{s.batch_size}: lower --digits or --batch-size")
-
+    s = settings.parse(train_mnist.Settings, ["--loss", loss, "--normalize", normalize, *PLAIN[loss], *own[normalize],
+                                              *flags])
+    train_set, val_set = (split.to(device) for split in splits[:2])
     torch.manual_seed(s.seed)
     start = time.perf_counter()
-    pre, flow = train_mnist.build(s, beside(train_set, digits))
-    model = EBFlow([*pre.layers, *flow.layers], pre.shape).to(device)
+    pre, flow = train_mnist.build(s, beside(splits[0], digits))
     seconds = time.perf_counter() - start if normalize == "whiten" else 0.0
-    train_set = train_set.to(device)
+    if name in KINDS:
+        flow = EBFlow([KINDS[name](*flow.shape, s.diagonal, s.bias) if isinstance(layer, FullyConnected) else layer
+                       for layer in flow.layers], flow.shape)
+    model = EBFlow([*pre.layers, *flow.layers], pre.shape).to(device)
     averaged = copy.deepcopy(model)                                    # θ̃ of EMA
-    kind = {"ml": SharedLayer, "relative": RelativeLayer, "self-norm": SelfNormalizingLayer}.get(name)
-    matched = Rival(flow, kind) if kind else flow                      # the model's parameters; self-norm also has R
-    parameters, averages, trained = trainable(matched), trainable(averaged), trainable(model)
-    optimizer = torch.optim.Adam(parameters, lr=s.lr, fused=True)
+    losses.OBJECTIVES.update({"relative": losses.OBJECTIVES["ml"], "self-norm": self_norm})
+    step, optimizer = train_mnist.make_step(replace(s, loss=name, actnorm="none"), pre, flow, model, averaged)
 
-    def gradient(z):                                                   # leaves ∇_θ in p.grad
-        loss = OBJECTIVES[s.loss](matched, z, share=processes.share, **s.config())
-        loss.backward(inputs=parameters)
-        return loss.detach()
-
-    if name != "ml":                                                   # its determinants wait for a GPU
-        gradient = Graphed(gradient, parameters)
-
-    curve, broke, stretches = [], None, -(-steps // every)
-    label = f"{name}, {normalize}" + (f", {digits} digits" if digits > 1 else "")
-    bar = tqdm(total=stretches * every, unit=" batches", desc=label, dynamic_ncols=True, disable=None)
-    try:
-        for stretch in range(stretches + 1):                           # stretch 0 shows what the start alone is worth
-            if stretch:
-                torch.manual_seed(1_000_003 * s.seed + stretch)
-                trace = []
-                synchronize(device)
-                start = time.perf_counter()
-                for i, images in enumerate(islice(batches(train_set, digits, s.batch_size), every)):
-                    n = (stretch - 1) * every + i
-                    optimizer.param_groups[0]["lr"] = s.lr * cosine(n / (stretches * every))
-                    with fast_products(s.loss):
-                        z = pre(dequantize(images))
-                        if s.loss == "ssm" and s.sigma > 0:
-                            z = z + s.sigma * torch.randn_like(z)
-                        if s.actnorm == "moments" and n % 10 == 0:
-                            noise = torch.randn_like(z)
-                            train_mnist.track_moments(flow, z + s.sigma * noise if s.loss == "dsm" else z)
-                        optimizer.zero_grad()
-                        loss = gradient(z)
-                        norm = get_total_norm([p.grad for p in parameters])
-                        optimizer.step()
-                    update_average(averages, trained, n)
-                    trace.append(torch.stack([loss, norm]))
-                    bar.update()
-                synchronize(device)
-                seconds += time.perf_counter() - start
-                bad = (~torch.stack(trace).isfinite().all(1)).nonzero()
-                if len(bad):
-                    raise RunError(f"not finite at step {(stretch - 1) * every + bad[0].item() + 1}")
-            if s.actnorm == "moments":                                 # averaged parameters have their own moments
-                torch.manual_seed(0)
-                train_mnist.track_moments(averaged, dequantize(beside(train_set, digits)[:1000]))
-            nll = train_mnist.evaluate("val", averaged, val_set)["val_nll"] / digits
-            if not math.isfinite(nll):
-                raise RunError(f"the validation NLL is {nll} after step {stretch * every}")
-            curve.append((stretch * every, seconds, nll))
-            bar.set_postfix(val_nll=f"{nll:.1f}")
-            if nll <= until:
-                break
-    except (RunError, ValueError, torch.linalg.LinAlgError) as error:  # ValueError: an actnorm's input is constant
-        broke = str(error)
-    bar.close()
-    return {"curve": curve, "broke": broke}
+    curve, broke, stretches, sigma = [], None, -(-steps // every), 0.0 if loss == "ml" else s.sigma
+    for stretch in tqdm(range(stretches + 1), f"{name}, {normalize}, {digits} digits", leave=False, disable=None):
+        if stretch:                                                    # stretch 0 shows what the start alone is worth
+            torch.manual_seed(1_000_003 * s.seed + stretch)
+            first, start = (stretch - 1) * every, time.perf_counter()
+            for n, images in zip(range(first, first + every), batches(train_set, digits, s.batch_size)):
+                optimizer.param_groups[0]["lr"] = s.lr * cosine(n / (stretches * every))
+                if s.actnorm == "moments" and n % 10 == 0:             # all the way: a run has few steps
+                    z = pre(dequantize(images))
+                    train_mnist.track_moments(flow, z + sigma * torch.randn_like(z))
+                figures = step(images, n)
+            figures["loss"].item()                                     # waits for a GPU
+            seconds += time.perf_counter() - start
+        if s.actnorm == "moments":                                     # averaged parameters have their own moments
+            torch.manual_seed(0)
+            train_mnist.track_moments(averaged, dequantize(beside(train_set, digits)[:1000]))
+        nll = train_mnist.evaluate("val", averaged, beside(val_set, digits))["val_nll"] / digits
+        if not math.isfinite(nll):
+            broke = f"not finite at step {stretch * every}"
+            break
+        curve.append((stretch * every, round(seconds, 6), round(nll, 3)))
+        if nll <= until:
+            break
+    return {"curve": curve, "broke": broke, "digits": digits}
 
 
-# ---- Table and figure ------------------------------------------------------------------------------------------------
+# ---- Tables and figures ----------------------------------------------------------------------------------------------
 
 def step_time(curve):
-    """Seconds of a step: the median over the stretches between evaluations, without the first one.
-
-    In the first stretch libraries set themselves up, and a GPU records its graph. The median leaves out slow moments of
-    the machine.
-    """
+    """Seconds of a step: the median over the stretches, without the first, in which libraries set themselves up."""
     stretches = [(t1 - t0) / (s1 - s0) for (s0, t0, _), (s1, t1, _) in zip(curve, curve[1:])]
-    return statistics.median(stretches[1:] or stretches) if stretches else None
+    return statistics.median(stretches[1:] or stretches or [math.nan])
 
 
 def reached(curve, level):
     """Steps until the validation NLL is at `level`, on straight lines between the evaluations; None if it never is."""
-    if curve and curve[0][2] <= level:
-        return 0
-    for (s0, _, before), (s1, _, after) in zip(curve, curve[1:]):
+    for (s0, _, before), (s1, _, after) in zip(curve[:1] + curve, curve):
         if after <= level:
-            return s0 + (s1 - s0) * (before - level) / (before - after)
-    return None
+            return s0 + (s1 - s0) * (before - level) / (before - after) if s1 else 0
 
 
 def rows(runs):
-    """The table of docs/results.md: first, best and last validation NLL; batches/s; for each level steps: seconds."""
-    lines = []
+    """The comparison: first, lowest and last validation NLL; batches/s; for each level steps: seconds."""
     for name, run in runs.items():
-        curve, cells = run["curve"], []
-        nlls, time_of_step = [nll for _, _, nll in curve], step_time(curve)
-        if nlls:
-            cells = [f"{nlls[0]:.1f}", f"{min(nlls):.1f}", run["broke"] or f"{nlls[-1]:.1f}"]
-        if time_of_step:
-            cells.append(f"{1 / time_of_step:.1f}")
+        curve, nlls = run["curve"], [nll for *_, nll in run["curve"]]
+        cells = [name, f"{nlls[0]:.1f}", f"{min(nlls):.1f}", run["broke"] or f"{nlls[-1]:.1f}"]
+        if len(curve) > 1:
+            cells.append(f"{1 / step_time(curve):.1f}")
             for steps in (reached(curve, level) for level in LEVELS):
-                cells.append("–" if steps is None else f"{steps:.0f}: {curve[0][1] + steps * time_of_step:.1f}")
-        else:
-            cells.append(run["broke"])
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return lines
+                cells.append("–" if steps is None else f"{steps:.0f}: {curve[0][1] + steps * step_time(curve):.1f}")
+        yield "| " + " | ".join(cells) + " |"
 
 
 def picture(runs):
@@ -297,8 +245,6 @@ def picture(runs):
         for i, name in enumerate(METHODS):
             for start, style in zip(STARTS, ("-", "--")):
                 curve = runs[f"{name}, {start}"]["curve"]
-                if len(curve) < 2:
-                    continue  # it broke down before there was a line to draw
                 offset, scale = (curve[0][1], step_time(curve)) if label != "steps" else (0, 1)
                 axes.plot([offset + scale * step for step, _, _ in curve[1:]], [nll for _, _, nll in curve[1:]],
                           style, color=f"C{i}", label=name if start == "center" else None)
@@ -309,31 +255,74 @@ def picture(runs):
     return figure
 
 
+def arrivals(runs):
+    """By the number of digits and by method: the steps to the level and their seconds, or None.   -> {n: {name: …}}"""
+    found = {}
+    for label, run in runs.items():
+        steps, n = reached(run["curve"], LEVEL), run["digits"]
+        found.setdefault(n, {})[label.split(",")[0]] = (steps, steps * step_time(run["curve"])) if steps else None
+    return {n: {name: found[n].get(name) for name in RACE} for n in sorted(found)}
+
+
+def race_rows(runs):
+    """The race: for each D and method steps × time of a step = seconds; ml's time over dsm's."""
+    for n, best in arrivals(runs).items():
+        cells = [f"{at[0]:.0f} × {1e3 * at[1] / at[0]:.1f} ms = {at[1]:.2f} s" if at else "–" for at in best.values()]
+        ratio = f"{best['ml'][1] / best['dsm'][1]:.1f}" if best["ml"] and best["dsm"] else "–"
+        yield f"| {784 * n:,} | " + " | ".join([*cells, ratio]) + " |"
+
+
+def race_picture(runs):
+    """Seconds to the level against D, a line for each method."""
+    figure = Figure(figsize=(5.5, 3.6), layout="constrained")
+    axes, ticks = figure.subplots(), [784 * n for n in arrivals(runs)]
+    for i, name in enumerate(RACE):
+        seconds = [best[name][1] if best[name] else math.nan for best in arrivals(runs).values()]
+        axes.loglog(ticks, seconds, "o-", ms=4, color=f"C{i}", label=name)
+    axes.set(xlabel="D", ylabel="seconds of training", title=f"to {LEVEL:,} nats per digit on the validation split",
+             xticks=ticks, xticklabels=[f"{D:,}" for D in ticks])
+    axes.xaxis.set(minor_formatter=NullFormatter())
+    axes.yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}", minor_formatter=NullFormatter())
+    axes.grid(alpha=0.3)
+    axes.legend()
+    return figure
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=at_least(1), default=1500, help="of every run")
-    parser.add_argument("--every", type=at_least(1), default=50, help="steps between evaluations")
-    parser.add_argument("--batch-size", type=at_least(1), help="of every run, instead of its own")
+    parser.add_argument("--race", action="store_true", help="the race, in place of the comparison")
+    parser.add_argument("--digits", type=at_least(1), nargs="+", help="of the race: n of an image (1 2 4)")
+    parser.add_argument("--steps", type=at_least(1), help="of the comparison: steps of a run (1500)")
+    parser.add_argument("--every", type=at_least(1), help="steps between evaluations (50; of the race: 20)")
     parser.add_argument("--seed", type=at_least(0), default=0)
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--data", type=Path, default=MNIST, help="directory of the IDX files")
     parser.add_argument("--results", type=folder, default="results")
     a = parser.parse_args(argv)
-    with one_line_errors(DataError, OSError), processes.joined(a.device) as device:
+    if a.steps if a.race else a.digits:
+        parser.error("--digits goes with --race, --steps does not")
+    every, steps = a.every or (20 if a.race else 50), a.steps or 1500
+    with one_line_errors(DataError), processes.joined(a.device) as (device, *_):
         splits = load_images(a.data)
-        path = a.results / "rivals.json"
-        result = recorded(path, command="python -m experiments.rivals", methods=METHODS, images=digest(splits),
-                          device=str(device), steps=a.steps, every=a.every, batch_size=a.batch_size, seed=a.seed)
-        flags = ["--seed", str(a.seed), *(["--batch-size", str(a.batch_size)] if a.batch_size else [])]
-        for start in STARTS:
-            for name in METHODS:
-                if f"{name}, {start}" not in result["runs"]:
-                    result["runs"][f"{name}, {start}"] = train(name, start, flags, a.steps, a.every, splits, device)
-                    record(path, result)
-        with intact(path):
-            figure, table = picture(result["runs"]), rows(result["runs"])
-        save_picture(a.results / "rivals.png", figure)
-        print("\n".join(table))
+        identity = dict(images=digest(splits), every=every, seed=a.seed)
+        if a.race:
+            path, table, draw = a.results / f"race-{device.type}.json", race_rows, race_picture
+            identity |= dict(command="python -m experiments.rivals --race", methods=RACE, level=LEVEL)
+            jobs = {f"{name}, {n} digits": (name, "center", ["--actnorm", "moments", "--lr", str(lr / n**0.5), *own],
+                                            n * length, n, LEVEL)
+                    for n in a.digits or [1, 2, 4] for name, (lr, length, own) in RACE.items()}
+        else:
+            path, table, draw = a.results / "rivals.json", rows, picture
+            identity |= dict(command="python -m experiments.rivals", methods=METHODS, device=str(device), steps=steps)
+            jobs = {f"{name}, {start}": (name, start, [], steps) for start in STARTS for name in METHODS}
+        result = recorded(path, **identity)
+        for label, (name, start, own, *more) in jobs.items():
+            if label not in result["runs"]:
+                flags = ["--seed", str(a.seed), *own]
+                result["runs"][label] = train(name, start, flags, every, splits, device, *more)
+                record(path, result)
+        plots.save(path.with_suffix(".png"), draw(result["runs"]))
+        print(*table(result["runs"]), sep="\n")
 
 
 if __name__ == "__main__":

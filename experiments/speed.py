@@ -11,17 +11,15 @@ A step is all that training does for one batch: data, pre-processing, objective,
                last actnorm alone
     here       the step of train_mnist.py or train_toy.py
     compiled   the same with --compile; on a CPU alone
-    floor      the matrix products and convolutions of the step here, one after another and nothing between them. It
-               leaves out determinants and solves, element-wise work and all passes over the parameters
+    floor      the matrix products and convolutions of the step here, one after another and nothing between them
 
-Ten steps of one kind are timed together. Kinds take turns, so slow moments of the machine hit all of them. The medians
-are printed, and their ratios. The learning rate is so small that the parameters stay what they are. On two cores --arch
-fc takes three minutes, toy eight and cnn ten, most of it to compile.
+Kinds take turns, so slow moments of the machine hit all of them. It prints medians over blocks of ten steps, and their
+ratios. On two cores --arch fc takes three minutes, toy eight and cnn ten, most of it to compile.
 """
 
 import argparse
-import contextlib
 import copy
+import math
 import statistics
 import time
 from functools import partial
@@ -37,16 +35,16 @@ from torch.utils.flop_counter import flop_registry
 
 import train_mnist
 import train_toy
-from data import MNIST, TOYS, DataError, dequantize, load_images
+from data import MNIST, DataError, dequantize, load_images
+from densities import TOYS
 from ebflow import EBFlow, toy_flow
 from experiments import at_least
-from layers import ConstantChannel, Convolution
+from layers import Convolution
 from losses import OBJECTIVES
 from support import processes, settings
 from support.fast import Graphed, fast_products
 from support.optimization import trainable
 from support.run import one_line_errors
-
 
 KINDS = ["plain", "here", "compiled"]
 PARTS = {  # by the beginning of an operation's name
@@ -54,40 +52,14 @@ PARTS = {  # by the beginning of an operation's name
     "factorisations": ("linalg_lu", "linalg_solve", "_linalg_"), "the rest": ("",)}
 
 
-class Products(TorchDispatchMode):
-    """Records the matrix products and convolutions of what runs inside. A call repeats them on the same arguments."""
-
-    def __init__(self):
-        super().__init__()
-        self.calls = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function.overloadpacket in flop_registry:
-            self.calls.append((function, args, kwargs or {}))
-        return function(*args, **(kwargs or {}))
-
-    def to(self, device):
-        self.calls = tree_map_only(torch.Tensor, lambda t: t.detach().to(device), self.calls)
-        return self
-
-    @torch.no_grad()
-    def __call__(self, *_):
-        for function, args, kwargs in self.calls:
-            function(*args, **kwargs)
-
-
-def step_of_images(kind, arch, loss, images, batch_size, device):
+def step_of_images(arch, loss, images, batch_size, kind, device):
     """A step on random batches of the images, which are centred for all objectives.   -> () -> None"""
-    s = settings.parse(settings.Mnist, ["--arch", arch, "--loss", loss, "--batch-size", str(batch_size),
-                                        *["--model-samples", str(batch_size)] * (loss == "sml"),
-                                        "--normalize", "center", "--lr", "1e-8", *["--compile"] * (kind == "compiled")])
+    s = settings.parse(train_mnist.Settings, [
+        "--arch", arch, "--loss", loss, "--normalize", "center", "--lr", "1e-8",  # the parameters stay what they are
+        *["--model-samples", str(batch_size)] * (loss == "sml"), *["--compile"] * (kind == "compiled")])
     pre, flow = train_mnist.build(s, images[:2000])
-    model = EBFlow([*pre.layers, *flow.layers], pre.shape).to(device)
-    train_set, n = images.to(device), count()
-
-    def batch():
-        return train_set[torch.randint(len(train_set), (batch_size,), device=device)]
-
+    model, images, n = EBFlow([*pre.layers, *flow.layers], pre.shape).to(device), images.to(device), count()
+    batch = lambda: images[torch.randint(len(images), (batch_size,), device=device)]
     if kind == "plain":
         for layer in model.modules():
             if isinstance(layer, Convolution):
@@ -97,16 +69,16 @@ def step_of_images(kind, arch, loss, images, batch_size, device):
     return lambda: step(batch(), next(n))
 
 
-def step_of_toys(kind, loss, batch_size, device):
+def step_of_toys(loss, batch_size, kind, device):
     """A step on fresh points of the swirl, at the noise of the start.   -> () -> None"""
-    s = settings.parse(settings.Toy, ["--data", "swirl", "--loss", loss, "--lr", "1e-8",
-                                      *["--compile"] * (kind == "compiled")])
+    s = settings.parse(train_toy.Settings, ["--data", "swirl", "--loss", loss, "--lr", "1e-8",
+                                            *["--compile"] * (kind == "compiled")])
     toy, flow, n = TOYS["swirl"](), toy_flow(blocks=s.blocks, width=s.width).to(device), count()
-    sigma = torch.tensor(s.start_smoothing, dtype=torch.float64, device=device)
+    batch, sigma = partial(toy.sample, batch_size, device), torch.tensor(s.start_smoothing, device=device).double()
     if kind == "plain":
-        return plain(s, flow, lambda: toy.sample(batch_size, device), sigma=sigma, pooled=True)
+        return plain(s, flow, batch, sigma=sigma, pooled=True)
     step, _ = train_toy.make_step(s, flow, copy.deepcopy(flow))
-    return lambda: step(toy.sample(batch_size, device), sigma, next(n))
+    return lambda: step(batch(), sigma, next(n))
 
 
 def plain(s, flow, batch, **more):
@@ -117,7 +89,7 @@ def plain(s, flow, batch, **more):
 
     def step():
         optimizer.zero_grad()
-        OBJECTIVES[s.loss](flow, batch(), share=processes.share, **config).backward()
+        OBJECTIVES[s.loss](flow, batch(), **config).backward()
         get_total_norm([p.grad for p in trainable(flow)])
         optimizer.step()
         average.update_parameters(flow)
@@ -125,28 +97,65 @@ def plain(s, flow, batch, **more):
     return step
 
 
-def synchronize(device):
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+class Operations(TorchDispatchMode):
+    """Records what runs inside and has a formula for its number of operations; by torch's formulas, matrix products.
+
+    torch's FlopCounterMode hooks modules, and fails on the ∇_x in a loss.
+    """
+
+    def __init__(self, formulas=flop_registry):
+        super().__init__()
+        self.formulas, self.calls, self.total = formulas, [], 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if function.overloadpacket in self.formulas:
+            self.calls.append((function, args, kwargs or {}))
+            self.total += self.formulas[function.overloadpacket](*args, **(kwargs or {}), out_val=out)
+        return out
+
+
+def floor(make, device, loss=None):
+    """Repeats the matrix products of one step here, in the precision of train_mnist.py with this loss.   -> () -> None
+
+    They are recorded on a CPU, because a CUDA graph hides them.
+    """
+    step = make("here", torch.device("cpu"))
+    step()  # the first of ten moves the actnorm, too
+    with Operations() as products:
+        step()
+    calls = tree_map_only(torch.Tensor, lambda t: t.detach().to(device), products.calls)
+
+    @torch.no_grad()
+    def repeat(_):
+        for function, args, kwargs in calls:
+            function(*args, **kwargs)
+
+    replay = partial(Graphed(repeat, []), torch.zeros((), device=device))
+    return replay if loss is None else fast_products(loss)(replay)
 
 
 def timed(function, device):
-    synchronize(device)
+    """Seconds of a call. The device has nothing else to do at its start."""
     start = time.perf_counter()
     function()
-    synchronize(device)
+    if device.type == "cuda":
+        torch.cuda.synchronize()
     return time.perf_counter() - start
 
 
-def interleaved(functions, repeats, device, calls=10):
-    """Seconds of a call of each function: the median over blocks of so many calls.   {name: ()} -> {name: float}"""
-    times = {name: [] for name in functions}
-    for function in functions.values():
-        function()  # the first call is slower
-    for _ in range(repeats):
-        for name, function in functions.items():
-            times[name].append(timed(lambda: [function() for _ in range(calls)], device) / calls)
-    return {name: statistics.median(t) for name, t in times.items()}
+def interleaved(functions, repeats, device, calls=10, seconds=math.inf):
+    """Seconds of a call of each function: the median over blocks of so many calls.   {name: ()} -> {name: float}
+
+    After `seconds` it makes no more blocks, but at least three.
+    """
+    times = {name: [timed(function, device)] for name, function in functions.items()}  # the first call is slower
+    start = time.perf_counter()
+    for block in range(repeats):
+        if block < 3 or time.perf_counter() - start < seconds:
+            for name, function in functions.items():
+                times[name].append(timed(lambda: [function() for _ in range(calls)], device) / calls)
+    return {name: statistics.median(t[1:]) for name, t in times.items()}
 
 
 def profiled(function, steps=10):
@@ -163,74 +172,48 @@ def profiled(function, steps=10):
     return ms
 
 
-def floor(make, device, precision):
-    """Repeats the matrix products of one step here, under the context precision().   -> () -> None
-
-    They are recorded on a CPU, because a CUDA graph hides them.
-    """
-    step, products = make("here", torch.device("cpu")), Products()
-    step()  # the first of ten moves the actnorm, too
-    with products:
-        step()
-    replay, x = Graphed(products.to(device), []), torch.zeros((), device=device)
-
-    def call():
-        with precision():
-            replay(x)
-
-    return call
-
-
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--arch", choices=["fc", "cnn", "glow", "toy"], default="fc")
-    parser.add_argument("--losses", nargs="+", choices=OBJECTIVES, default=[*OBJECTIVES])
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
-    parser.add_argument("--shape", type=at_least(1), nargs=3, metavar=("C", "H", "W"),
-                        help="random images, in place of MNIST")
+    parser.add_argument("--shape", type=at_least(1), nargs=3, help="C H W of random images, in place of MNIST")
     parser.add_argument("--batch-size", type=at_least(1), help="by default 100, for the toys 512")
     parser.add_argument("--profile", action="store_true", help="time the parts of the step here, on a CPU")
     parser.add_argument("--repeats", type=at_least(1), default=12, help="blocks of ten steps of each kind")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     a = parser.parse_args(argv)
-    with one_line_errors(DataError, ConstantChannel), processes.joined(a.device) as device:
-        experiment(a, device)
-
-
-def experiment(a, device):
-    batch_size = a.batch_size or (512 if a.arch == "toy" else 100)
-    if a.arch != "toy":
-        images = torch.randint(0, 256, (2000, *a.shape), dtype=torch.uint8) if a.shape else load_images(MNIST)[0]
-
-    def make(loss, kind, device):
+    with one_line_errors(DataError), processes.joined(a.device) as (device, *_):
+        batch_size = a.batch_size or (512 if a.arch == "toy" else 100)
         if a.arch == "toy":
-            return step_of_toys(kind, loss, batch_size, device)
-        return step_of_images(kind, a.arch, loss, images, batch_size, device)
+            makers = {loss: partial(step_of_toys, loss, batch_size) for loss in OBJECTIVES}
+        else:
+            images = torch.randint(0, 256, (2000, *a.shape), dtype=torch.uint8) if a.shape else load_images(MNIST)[0]
+            makers = {loss: partial(step_of_images, a.arch, loss, images, batch_size) for loss in OBJECTIVES}
+        print(f"{torch.get_num_threads()} threads, batch size {batch_size}")
+        if a.profile:
+            print("milliseconds of a step\n| flow | objective | step | " + " | ".join(PARTS) + " |")
+            for loss, make in makers.items():
+                ms = profiled(make("here", torch.device("cpu")))
+                cells = [f"{t:.1f}" for t in (sum(ms.values()), *ms.values())]
+                print(f"| {a.arch} | {loss} | " + " | ".join(cells) + " |")
+        else:
+            kinds = [kind for kind in a.kinds if kind != "compiled" or device.type == "cpu"]
+            functions = {(loss, kind): make(kind, device) for loss, make in makers.items() for kind in kinds}
+            for loss, make in makers.items():
+                functions[loss, "floor"] = floor(make, device, None if a.arch == "toy" else loss)
+            print("\n".join(rows(interleaved(functions, a.repeats, device), kinds)))
 
-    if a.profile:
-        print(f"milliseconds of a step\n| flow | objective | step | {' | '.join(PARTS)} |")
-        for loss in a.losses:
-            ms = profiled(make(loss, "here", torch.device("cpu")))
-            cells = [f"{t:.1f}" for t in (sum(ms.values()), *ms.values())]
-            print(f"| {a.arch} | {loss} | " + " | ".join(cells) + " |")
-        return
 
-    kinds = [kind for kind in a.kinds if kind != "compiled" or device.type == "cpu"]
-    functions = {}
-    for loss in a.losses:
-        precision = contextlib.nullcontext if a.arch == "toy" else partial(fast_products, loss)
-        functions |= {(loss, kind): make(loss, kind, device) for kind in kinds}
-        functions[loss, "floor"] = floor(partial(make, loss), device, precision)
-    median = interleaved(functions, a.repeats, device)
-
+def rows(seconds, kinds):
+    """Batches per second, and ratios of times.   {(objective, kind): seconds} -> lines of a table"""
     ratios = [(a, b) for a, b in (("plain", "here"), ("plain", "compiled"), ("here", "floor"), ("compiled", "floor"))
               if {a, b} <= {*kinds, "floor"}]
-    print(f"{torch.get_num_threads()} threads, batch size {batch_size}; batches per second, and ratios of times")
-    print("| objective | " + " | ".join([*kinds, *(f"{a} / {b}" for a, b in ratios)]) + " |")
-    for loss in a.losses:
-        cells = [f"{1 / median[loss, kind]:.1f}" for kind in kinds]
-        cells += [f"{median[loss, a] / median[loss, b]:.2f}" for a, b in ratios]
-        print(f"| {loss} | " + " | ".join(cells) + " |")
+    lines = ["| objective | " + " | ".join([*kinds, *(f"{a} / {b}" for a, b in ratios)]) + " |"]
+    for loss in OBJECTIVES:
+        cells = [f"{1 / seconds[loss, kind]:.1f}" for kind in kinds]
+        cells += [f"{seconds[loss, a] / seconds[loss, b]:.2f}" for a, b in ratios]
+        lines.append(f"| {loss} | " + " | ".join(cells) + " |")
+    return lines
 
 
 if __name__ == "__main__":

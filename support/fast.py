@@ -6,29 +6,20 @@ import torch
 
 from support.run import RunError
 
-WAITING = ("ml", "sml")  # they factorise matrices and look whether these are singular: a GPU must be waited for
-
 
 def accelerated(gradient, parameters, s):
-    """The function `gradient` made faster. It takes tensors, returns the loss, and leaves ∇_θ in p.grad, None before.
-
-    With --compile it is `compiled`. On a GPU it is `Graphed`, but for the objectives that wait for the GPU anyway.
-    """
-    on_gpu = parameters[0].is_cuda
-    if s.compile and on_gpu:
-        raise RunError("--compile is for a CPU, a GPU replays a graph: leave it out, or use --device cpu")
+    """The function, compiled with --compile, else replayed on a GPU, but for ml and sml, whose solvers wait for it."""
     if s.compile:
         return compiled(gradient)
-    return Graphed(gradient, parameters) if on_gpu and s.loss not in WAITING else gradient
+    return gradient if s.loss in ("ml", "sml") else Graphed(gradient, parameters)
 
 
 class Graphed:
     """A gradient whose kernels a GPU records as one CUDA graph at the first call, and replays from then on.
 
     A step on a small batch is hundreds of short kernels, and python takes longer to start one than the GPU to run it.
-    Nothing recorded may wait for the GPU. It reads only its arguments and the parameters, and parameters must change in
-    place. Random numbers are drawn anew in every replay. On another device it is the function itself.
-    Raises ValueError where an argument has another shape than at the first call.
+    Parameters must change in place. Random numbers are drawn anew in every replay. On another device it is the function
+    itself.
     """
 
     def __init__(self, function, parameters):
@@ -37,14 +28,11 @@ class Graphed:
     def __call__(self, *tensors):
         if not tensors[0].is_cuda:
             return self.function(*tensors)
-        with torch.cuda.device(tensors[0].device):
-            if self.graph is None:
-                self._record(tensors)
-            for recorded, tensor in zip(self.tensors, tensors, strict=True):
-                if recorded.shape != tensor.shape:
-                    raise ValueError(f"recorded for shape {tuple(recorded.shape)}, not {tuple(tensor.shape)}")
-                recorded.copy_(tensor)
-            self.graph.replay()
+        if self.graph is None:
+            self._record(tensors)
+        for recorded, tensor in zip(self.tensors, tensors, strict=True):
+            recorded.copy_(tensor.view_as(recorded))
+        self.graph.replay()
         for p, gradient in zip(self.parameters, self.gradients):
             p.grad = gradient
         return self.loss  # the next call overwrites it
@@ -66,10 +54,7 @@ class Graphed:
 
 
 def compiled(function):
-    """The function by torch.compile, gradients in x included: element-wise operations fuse, and python's overhead goes.
-
-    Random numbers are the same, rounding differs. Each new shape compiles anew. Needs a C++ compiler: RunError without.
-    """
+    """The function by torch.compile, ∇_x inside included. Random numbers stay the same, rounding differs."""
     torch._dynamo.config.trace_autograd_ops = True  # a score takes ∇_x inside
     function = torch.compile(function, fullgraph=True, dynamic=False, isolate_recompiles=True,
                              options={"fallback_random": True})
@@ -78,8 +63,7 @@ def compiled(function):
         try:
             return function(*tensors)
         except torch._inductor.exc.InductorError as error:
-            raise RunError(f"torch.compile failed ({str(error).splitlines()[0]}): install a C++ compiler and python's "
-                           "headers, or continue without --compile and with --resume") from None
+            raise RunError(f"torch.compile needs a C++ compiler ({str(error).splitlines()[0]}): run without --compile")
 
     return call
 

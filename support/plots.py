@@ -1,8 +1,19 @@
-"""Pictures: each function returns a matplotlib figure, or draws on the axes that it is given."""
+"""Pictures: each function returns a matplotlib figure, or draws on the axes that it is given. `save` writes it."""
+
+import io
 
 import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+
+from support.run import write
+
+
+def save(path, figure):
+    """Writes a figure as PNG, whole or not at all."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=150)
+    write(path, buffer.getvalue())
 
 
 def curves(metrics, loss):
@@ -83,7 +94,7 @@ def toy(flow, truth, x):
 def ebm(model, truth, chains):
     """Truth, model, flow and chains; in more than two dimensions, histograms in the plane of the means.
 
-    truth is support/judge.py: Truth.
+    truth is judge.py: Truth.
     """
     x, flow, n = truth.test[:5000], model.flow, 20_000
     titles = ["truth p", "energy p_θ", *(["flow q_α"] if flow else []), "chains"]

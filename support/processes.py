@@ -1,9 +1,6 @@
-"""The device, and several processes, each with a GPU or a share of the cores, that train as one.
+"""Several processes that train as one: torchrun --nproc_per_node=2 train_mnist.py --loss dsm
 
-    torchrun --nproc_per_node=2 train_mnist.py --loss dsm
-
-All draw the same random numbers for the whole batch, each takes its share of the rows, and gradients are averaged. The
-result is that of one process with the whole batch, up to rounding. Only the first process writes.
+Each takes its rows of every batch and draws its own noise. Gradients are averaged. Only the first process writes.
 """
 
 import contextlib
@@ -17,54 +14,36 @@ from support.run import RunError
 
 
 @contextlib.contextmanager
-def joined(name, shared=None):
-    """Joins the processes that torchrun started, if it did (NCCL on GPUs, Gloo on CPUs).   -> this process's device
-
-    name    "auto" is a GPU if torch sees one
-    shared  {flag: number of rows} that the processes share out; None: the script cannot
-    """
-    launched = dist.is_torchelastic_launched()
-    processes, index = [int(os.environ[name]) for name in ("WORLD_SIZE", "LOCAL_RANK")] if launched else (1, 0)
-    gpus = torch.cuda.device_count()
-    if processes > 1 and shared is None:
-        raise RunError("this script does not share its batches between processes: start it without torchrun")
-    for flag, rows in (shared or {}).items():
-        if rows % processes:
-            raise RunError(f"{processes} processes cannot share {flag} {rows} alike: take a multiple")
-    if name == "cuda" and not gpus:
+def joined(name):
+    """Joins the processes that torchrun started, if it did.   -> this one's device, its rank, the number of them"""
+    launched, gpu = dist.is_torchelastic_launched(), name != "cpu" and torch.cuda.is_available()
+    if name == "cuda" and not gpu:
         raise RunError("torch sees no GPU: use --device cpu, or install a CUDA build of torch")
-    device = torch.device("cpu" if name == "cpu" or not gpus else f"cuda:{index}")
-    if device.type == "cuda" and index >= gpus:
-        raise RunError(f"torch sees {gpus} GPUs, none for process {index + 1}: lower --nproc_per_node, or --device cpu")
-    if processes == 1:
-        yield device
+    device = torch.device(f"cuda:{os.environ['LOCAL_RANK'] if launched else 0}" if gpu else "cpu")
+    if not launched:
+        yield device, 0, 1
         return
-    if device.type == "cuda":
+    if gpu:
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    dist.init_process_group("nccl" if gpu else "gloo")
     try:
-        with open(os.devnull, "w") as null, contextlib.redirect_stdout(null if dist.get_rank() > 0 else sys.stdout):
-            yield device
+        with contextlib.redirect_stdout(None if dist.get_rank() else sys.stdout):
+            yield device, dist.get_rank(), dist.get_world_size()
     finally:
         dist.destroy_process_group()
 
 
-def share(rows):
-    """This process's share of the rows of a batch. The number of processes must divide B.   (B, …) -> (B / n, …)"""
-    if not dist.is_initialized():
-        return rows
-    size = len(rows) // dist.get_world_size()
-    return rows[dist.get_rank() * size:][:size]
+def agreed(tensor):
+    """The first process's tensor, in place of each other's."""
+    if dist.is_initialized():
+        dist.broadcast(tensor, 0)
+    return tensor
 
 
-def average(loss, parameters):
-    """Means over the processes: of the gradients, in place, and of the loss.   () -> ()"""
-    if not dist.is_initialized():
-        return loss
-    tensors = [loss.view(1), *(p.grad.flatten() for p in parameters)]
-    flat = torch.cat(tensors) / dist.get_world_size()
-    dist.all_reduce(flat)  # one message
-    loss, *gradients = flat.split([len(t) for t in tensors])
-    for p, gradient in zip(parameters, gradients):
-        p.grad.copy_(gradient.view_as(p))
-    return loss[0]
+def average(tensors):
+    """Replaces each tensor by its mean over the processes, in place."""
+    if dist.is_initialized():
+        flat = torch.cat([t.flatten() for t in tensors]) / dist.get_world_size()
+        dist.all_reduce(flat)  # one message
+        for tensor, mean in zip(tensors, flat.split([t.numel() for t in tensors])):
+            tensor.copy_(mean.view_as(tensor))

@@ -15,17 +15,17 @@ import pytest
 ROOT = Path(__file__).parent.parent
 EXAMPLES = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
 NEEDS = {"losses": [], "sampling": [], "layers": [], "ebflow": ["layers"]}
-CHECKS = ["assert energy[0].weight.grad.norm() > 0",
-          "torch.testing.assert_close(EBFlow([Zuko(flow)], (2,)).log_prob(x), flow().log_prob(x))",
-          "assert chains.shape == (100, 2) and report.global_acceptance.mean() > 0.05"]
+CHECKS = {"an energy network": "assert energy[0].weight.grad.norm() > 0",
+          "zuko": "torch.testing.assert_close(EBFlow([Zuko(flow)], (2,)).log_prob(x), flow().log_prob(x))",
+          "a proposal": "assert chains.shape == (100, 2) and report.global_acceptance.mean() > 0.05",
+          "a layer": "assert (Reverse()(torch.eye(3)) == torch.eye(3).flip(1)).all()"}
 
 
 def run(code, folder):
     subprocess.run([sys.executable, "-c", code], cwd=folder, check=True, timeout=300)
 
 
-@pytest.mark.parametrize("example, check", [*zip(EXAMPLES, CHECKS, strict=True)],
-                         ids=["an energy network", "zuko", "a proposal"])
+@pytest.mark.parametrize("example, check", [*zip(EXAMPLES, CHECKS.values(), strict=True)], ids=CHECKS)
 def test_an_example_of_the_readme_runs_in_a_folder_that_holds_only_the_files_it_needs(example, check, tmp_path):
     if "zuko" in example and importlib.util.find_spec("zuko") is None:
         pytest.skip("needs zuko")
@@ -49,8 +49,7 @@ def test_inside_a_package_the_import_of_layers_alone_changes(tmp_path):
         "losses.dsm(ebflow.fc_flow(3).energy, torch.randn(5, 3), 0.3).backward()", tmp_path)
 
 
-@pytest.mark.parametrize("name", ["layers", "ebflow", "losses", "sampling", "data"])
-def test_the_first_line_of_a_file_to_copy_names_its_source_and_its_licence(name):
-    first = (ROOT / f"{name}.py").read_text().splitlines()[0]
-    holder = re.search(r"Copyright \(c\) (.*)", (ROOT / "LICENSE").read_text()).group(1)
-    assert "arXiv 2305.15267" in first and "MIT licence" in first and holder in first
+@pytest.mark.parametrize("name", [*NEEDS, "data", "densities"])
+def test_the_first_lines_of_a_file_to_copy_name_its_source_and_its_licence(name):
+    header = (ROOT / f"{name}.py").read_text().split('"""')[0]
+    assert all(fact in header for fact in ("unofficial", "arXiv 2305.15267", "MIT licence", "contributors"))

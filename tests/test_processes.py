@@ -1,5 +1,6 @@
-"""Several processes train like one with the joint batch."""
+"""Two processes that torchrun starts train as one."""
 
+import copy
 import json
 import os
 import subprocess
@@ -8,136 +9,147 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 
 import train_mnist
-from conftest import checkpoint, stop_after, under_torchrun
-from ebflow import fc_flow
-from losses import OBJECTIVES
-from support import processes
-from support.run import read_metrics
-from test_data import small_data_set
+from conftest import assert_same_bits, checkpoint, failing, rows, timeless
+from data import load_images
+from ebflow import EBFlow
+from support import processes, settings
 
 ROOT = Path(__file__).parent.parent
-
-
-@pytest.mark.parametrize("loss", OBJECTIVES)
-def test_the_mean_over_the_shares_is_the_gradient_of_the_joint_batch(loss, monkeypatch):
-    flow = fc_flow(5, bend=1.0).double()
-    x = torch.randn(12, 5, dtype=torch.float64)
-
-    def gradients():
-        torch.manual_seed(1)
-        value = OBJECTIVES[loss](flow, x, processes.share, sigma=0.4, xi=1.0, model_samples=8)
-        return [value.detach(), *torch.autograd.grad(value, [*flow.parameters()], materialize_grads=True)]
-
-    joint = gradients()
-    monkeypatch.setattr(dist, "is_initialized", lambda: True)
-    monkeypatch.setattr(dist, "get_world_size", lambda: 4)
-    shares = []
-    for rank in range(4):
-        monkeypatch.setattr(dist, "get_rank", lambda: rank)
-        shares.append(gradients())
-    torch.testing.assert_close([sum(parts) / 4 for parts in zip(*shares)], joint)
-    assert not torch.allclose(shares[0][0], shares[1][0])
-
-
-def test_the_average_is_that_of_loss_and_gradients(monkeypatch):
-    """all_reduce sums over the processes: here over this one and one whose loss and gradients are all 3."""
-    monkeypatch.setattr(dist, "is_initialized", lambda: True)
-    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
-    monkeypatch.setattr(dist, "all_reduce", lambda flat: flat.add_(3 / 2))
-    parameters = [torch.zeros(2, 3, requires_grad=True), torch.zeros(4, requires_grad=True)]
-    for i, p in enumerate(parameters):
-        p.grad = torch.full_like(p, float(i))
-    assert processes.average(torch.tensor(5.0), parameters) == 4
-    assert (parameters[0].grad == 1.5).all() and (parameters[1].grad == 2).all()
-
-
 DRIVER = """
-import json, sys
-import torch.distributed as dist
+import json, shutil, sys
+import torch, torch.distributed as dist
 import train_mnist
-join = dist.init_process_group  # once for all runs: to join takes longer than to train
-dist.init_process_group = lambda *arguments: dist.is_initialized() or join(*arguments)
+from support import processes
+from support.run import Run
+
+folder, runs = sys.argv[1], json.loads(sys.argv[2])
+join, save, average, averaged, models = dist.init_process_group, Run.save, processes.average, [], []
+dist.init_process_group = lambda backend: dist.is_initialized() or join(backend)  # once: it takes longer than to train
 dist.destroy_process_group = lambda: None
-for arguments in json.loads(sys.argv[1]):
-    train_mnist.main(arguments)
+
+def recording(tensors):
+    average(tensors)
+    averaged.append([t.detach().clone() for t in tensors])
+
+def copying(run, row, *rest, **shown):
+    save(run, row, *rest, **shown)
+    models.append({name: p.clone() for name, p in run.parts["model"].state_dict().items()})
+    if row["epoch"] == 1 and dist.get_rank() == 0 and run.directory.name == "dsm":
+        shutil.copytree(run.directory, folder + "/stopped")
+    dist.barrier()
+
+processes.average, Run.save = recording, copying
+for flags in runs:
+    averaged.clear(), models.clear()
+    if flags == runs[-1]:  # which is refused
+        dist.barrier()
+        print("refused", file=sys.stderr, flush=True)
+    train_mnist.main(flags)
+    torch.save([averaged, models], f"{folder}/{flags[flags.index('--out') + 1].split('/')[-1]}-{dist.get_rank()}.pt")
 """
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory):
-    """Two processes that torchrun starts: they train with dsm and with sml, go on where one process had stopped, and at
-    last start a run that is already there.   -> the folder of the runs, what the launch printed and its exit status"""
+def two(tmp_path_factory, npy):
+    """Two processes train by dsm with the last actnorm at its moments, go on where such a run had stopped, train by sml
+    and by ssm, and at last start a run that is already there.   -> folder, flags of each run, what torchrun said"""
     folder = tmp_path_factory.mktemp("two")
-    shared = ["--data", str(small_data_set(folder)), "--epochs", "3", "--batch-size", "50", "--device", "cpu"]
-    runs = {name: [*shared, "--out", str(folder / name), "--loss", *flags] for name, flags in {
-        "dsm": ["dsm"], "sml": ["sml"], "ssm": ["ssm", "--sigma", "0.1", "--clip", "1"]}.items()}
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
-        stop_after(patch, 2)
-        train_mnist.main(runs["ssm"])
+    shared = ["--data", str(npy), "--epochs", "3", "--batch-size", "50", "--device", "cpu", "--lr", "1e-3"]
+    runs = {"dsm": ["--loss", "dsm"], "stopped": ["--loss", "dsm", "--resume"],
+            "sml": ["--loss", "sml", "--model-samples", "8"], "ssm": ["--loss", "ssm", "--actnorm", "none"]}
+    runs = {name: [*shared, "--out", str(folder / name), *flags] for name, flags in runs.items()}
     (folder / "driver.py").write_text(DRIVER)
-    arguments = [runs["dsm"], runs["sml"], [*runs["ssm"], "--resume"], runs["dsm"]]
-    command = ["-m", "torch.distributed.run", "--nproc_per_node=2", str(folder / "driver.py"), json.dumps(arguments)]
-    process = subprocess.Popen([sys.executable, *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                               env=os.environ | {"PYTHONPATH": str(ROOT)})
-    for name, flags in runs.items():  # in the meantime
-        train_mnist.main([*flags, "--out", str(folder / f"{name} by one")])
-    printed, errors = process.communicate(timeout=180)
-    return folder, subprocess.CompletedProcess(command, process.returncode, printed, errors)
+    command = ["-m", "torch.distributed.run", "--nproc_per_node=2", str(folder / "driver.py"), str(folder),
+               json.dumps([*runs.values(), runs["sml"]])]
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=120, cwd=ROOT,
+                          env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert (folder / "ssm-1.pt").exists(), done.stderr
+    return folder, runs, done
+
+
+def seen_by(folder, name):
+    """What both processes saw of a run.   -> two pairs (what `average` gave, models after each epoch)"""
+    return [torch.load(folder / f"{name}-{rank}.pt") for rank in (0, 1)]
 
 
 @pytest.mark.parametrize("name", ["dsm", "sml", "ssm"])
-def test_two_processes_under_torchrun_end_where_one_does(two, name):
-    """Also those that go on from a checkpoint that one had written."""
-    folder, done = two
-    one, both = folder / f"{name} by one", folder / name
-    for a, b in zip(read_metrics(one), read_metrics(both), strict=True):
-        assert a["val_nll"] == pytest.approx(b["val_nll"], rel=1e-5)
-        assert (a["loss"] is None and b["loss"] is None) or a["loss"] == pytest.approx(b["loss"], rel=1e-4)
-    states = [checkpoint(directory)["state"] for directory in (one, both)]
-    torch.testing.assert_close(states[0]["model"], states[1]["model"], rtol=1e-4, atol=1e-5)
-    assert (one / "config.json").read_bytes() == (both / "config.json").read_bytes()
+def test_the_averaged_gradient_is_that_of_the_two_halves_of_the_batch_each_with_its_own_noise(two, npy, monkeypatch,
+                                                                                              name):
+    """The first step, where the last actnorm goes to its moments before. Each half is computed here, alone."""
+    folder, runs, _ = two
+    s, images = settings.parse(train_mnist.Settings, runs[name]), load_images(npy)[0]
+    (averaged, _), (in_the_other, _) = seen_by(folder, name)
+    assert all(map(torch.equal, sum(averaged, []), sum(in_the_other, [])))
+    halves, orders = [], []
+    for rank in (0, 1):
+        torch.manual_seed(0)
+        pre, flow = train_mnist.build(s, images)
+        model = EBFlow([*pre.layers, *flow.layers], pre.shape)
+        step, _ = train_mnist.make_step(s, pre, flow, model, copy.deepcopy(model))
+        torch.manual_seed(1 + (rank << 24))
+        orders.append(torch.randperm(250))
+        seen, found = [], iter(averaged)
+
+        def average(tensors):
+            seen.append([t.detach().clone() for t in tensors])
+            for tensor, mean in zip(tensors, next(found)):
+                tensor.detach().copy_(mean)
+
+        monkeypatch.setattr(processes, "average", average)
+        step(images[orders[0][:50][rank::2]], 0)  # both take the order of the first
+        halves.append(seen)
+    assert len(halves[0]) == (2 if name == "dsm" else 1) and not torch.equal(*orders)  # other random numbers
+    for first, second, mean in zip(*halves, averaged):
+        torch.testing.assert_close([(a + b) / 2 for a, b in zip(first, second)], mean)
+        assert not torch.allclose(first[0], second[0], rtol=1e-3)  # they had other images and other noise
 
 
-def test_of_two_processes_only_the_first_one_writes_and_prints(two):
-    folder, done = two
-    lines = done.stdout.splitlines()
-    assert [line.split()[1] for line in lines if line.startswith("epoch ")] == [*"0123", *"0123", *"23"], done.stderr
-    assert sum(line.startswith("test_nll") for line in lines) == 3
-    assert {p.name for p in (folder / "sml").iterdir()} == {p.name for p in (folder / "sml by one").iterdir()}
+def test_both_processes_have_the_same_weights_after_every_epoch(two):
+    for name in ("dsm", "sml", "ssm"):
+        (_, first), (_, second) = seen_by(two[0], name)
+        assert len(first) == 4
+        for a, b in zip(first, second, strict=True):  # the last actnorm of dsm, too
+            assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+        assert not all(torch.equal(first[0][key], first[3][key]) for key in first[0])
 
 
-def test_two_processes_do_not_touch_a_run_that_is_there_and_each_says_so_in_one_line(two):
-    folder, done = two
-    error, = {line for line in done.stderr.splitlines() if line.startswith("error: ")}
-    assert done.returncode != 0 and "already holds a run" in error and "RuntimeError" not in done.stderr
-    assert len(read_metrics(folder / "dsm")) == 4 and checkpoint(folder / "dsm")["state"]["epoch"] == 3
+def test_a_run_of_two_that_is_resumed_ends_bit_for_bit_where_an_undisturbed_one_ends(two, capsys):
+    folder, runs, _ = two
+    assert_same_bits(*(checkpoint(folder / name)["state"] for name in ("dsm", "stopped")))
+    assert timeless(rows(folder / "dsm")) == timeless(rows(folder / "stopped"))
+    line = failing(train_mnist.main)(capsys, *runs["stopped"])  # one process has other noise
+    assert "processes" in line and "2" in line and "1" in line
 
 
-def test_what_cannot_be_shared_is_one_line(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "many")
-    with processes.joined("cpu", None):  # without torchrun it says nothing
-        pass
-    under_torchrun(monkeypatch, 2)
-    for shared, message in ((None, "start it without torchrun"),
-                            ({"--batch-size": 51}, "2 processes cannot share --batch-size 51 alike")):
-        with pytest.raises(processes.RunError, match=message), processes.joined("cpu", shared):
-            pass
+def test_only_the_first_process_writes_and_prints(two):
+    folder, _, done = two
+    lines = [line.split() for line in done.stdout.splitlines()]
+    assert [line[1] for line in lines if line[:1] == ["epoch"]] == [*"0123", *"23", *"0123", *"0123"], done.stderr
+    assert sum(line[:1] == ["test_nll"] for line in lines) == 4
+    files = {".lock", "checkpoint.pt", "config.json", "curves.png", "metrics.jsonl", "samples.png"}
+    assert {path.name for path in (folder / "sml").iterdir()} == files
+
+
+def test_two_processes_do_not_touch_a_run_that_is_there(two):
+    folder, _, done = two
+    assert done.returncode != 0 and "--overwrite" in done.stderr.split("refused")[-1]
+    assert len(rows(folder / "sml")) == 4 and checkpoint(folder / "sml")["state"]["epoch"] == 3
+
+
+def test_a_batch_that_the_processes_cannot_share_alike_is_an_error(npy, tmp_path):
+    s = settings.parse(train_mnist.Settings, ["--data", str(npy), "--batch-size", "50", "--out", str(tmp_path)])
+    with pytest.raises(processes.RunError, match="--batch-size 50"):
+        train_mnist.train(s, torch.device("cpu"), 0, 3)
 
 
 def test_the_device_is_the_one_that_was_asked_for(monkeypatch):
-    with processes.joined("cpu") as device:
-        assert device.type == "cpu"
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    with processes.joined("auto") as device:
-        assert device.type == "cpu"
-    with pytest.raises(processes.RunError, match="torch sees no GPU"), processes.joined("cuda"):
-        pass
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    with processes.joined("auto") as device:
-        assert device == torch.device("cuda:0")
-    under_torchrun(monkeypatch, 1, index=1)
-    with pytest.raises(processes.RunError, match="none for process 2"), processes.joined("auto"):
+    for gpus, name, device in ((False, "cpu", "cpu"), (False, "auto", "cpu"), (True, "cpu", "cpu"),
+                               (True, "auto", "cuda:0"), (True, "cuda", "cuda:0")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus)
+        with processes.joined(name) as place:
+            assert place == (torch.device(device), 0, 1)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(processes.RunError, match="--device cpu"), processes.joined("cuda"):
         pass

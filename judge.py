@@ -8,7 +8,7 @@ import math
 
 import torch
 
-from data import Mixture
+from densities import Mixture
 from sampling import autocorrelation_time, effective_sample_size, estimate_log_z, reverse_log_z
 from support.plots import lattice
 

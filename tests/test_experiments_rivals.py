@@ -1,0 +1,358 @@
+"""Experiments on rival methods and samplers: what they compute is right, and each runs from end to end, small."""
+
+import json
+import math
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.figure import Figure
+from torch.func import jacrev, vmap
+
+import losses
+import train_ebm
+import train_mnist
+from conftest import failing
+from data import load_images
+from densities import Mixture
+from ebflow import EBFlow, fc_flow
+from experiments import balanced, determinant, linear_masks, read_metrics, rivals, unbalanced
+from support import plots, settings
+from support.run import RunError
+
+CPU = torch.device("cpu")
+RESULTS = Path(__file__).parent.parent / "results"
+
+
+@pytest.fixture(autouse=True)
+def as_before(monkeypatch):
+    """Objectives that rivals.py adds are taken away after each test. Training scripts draw empty pictures."""
+    monkeypatch.setattr(losses, "OBJECTIVES", dict(losses.OBJECTIVES))
+    monkeypatch.setattr(train_mnist, "OBJECTIVES", losses.OBJECTIVES)
+    for name in ("curves", "mosaic", "ebm", "mode_weights"):
+        monkeypatch.setattr(plots, name, lambda *_: Figure(figsize=(1, 1)))
+
+
+def read(path):
+    return json.loads(path.read_text())
+
+
+# ---- linear_masks.py, determinant.py ---------------------------------------------------------------------------------
+
+def test_the_entropy_of_the_ten_dimensional_density_is_that_of_the_brute_force_jacobian(float64):
+    """h(y) = h(n) + E log|det dy/dn|, with the Jacobian by automatic differentiation."""
+    noise = torch.randn(2_000, 10).clamp(-3.3, 3.3)  # where 1 - tanh² still has digits
+    log_det = torch.linalg.slogdet(vmap(jacrev(lambda n: linear_masks.data(n[None])[0]))(noise)).logabsdet
+    entropy, error = linear_masks.entropy(100_000)
+    expected = 5 * math.log(2 * math.pi * math.e) + log_det.mean().item()
+    assert abs(entropy - expected) < 4 * (log_det.std().item() / len(noise) ** 0.5 + error)
+
+
+@pytest.mark.parametrize("name", linear_masks.LAYERS)
+def test_a_masked_flow_has_the_density_of_its_brute_force_jacobian_and_a_step_leaves_the_mask(float64, name):
+    flow = linear_masks.masked_flow(linear_masks.LAYERS[name], blocks=2)
+    with torch.no_grad():
+        for p in flow.parameters():
+            p.add_(0.2 * torch.randn_like(p))
+    x = torch.randn(3, 10)
+    J, u = vmap(jacrev(lambda x: flow(x[None])[0]))(x), flow(x)
+    torch.testing.assert_close(flow.log_prob(x), -0.5 * u.square().sum(1) - 5 * math.log(2 * math.pi)
+                               + torch.linalg.slogdet(J).logabsdet)
+    lower, upper = J.tril(-1).abs().max().item() > 0.01, J.triu(1).abs().max().item() > 0.01
+    assert (lower, upper) == (name != "upper", name != "lower")
+
+
+def test_the_variance_of_the_importance_weights_is_the_closed_form_s_and_each_proposal_is_closer_than_the_last():
+    """E_q[w] = 1/|det W| and E_q[w²] for w = p_u(Wx)/q(x), by many draws where the variance is small."""
+    W, divergences = torch.eye(3).double() + 0.1 * torch.randn(3, 3).double(), []
+    for fit in determinant.PROPOSALS.values():
+        L = fit(W)
+        ratio = torch.linalg.solve_triangular(L.T, W.T, upper=True)
+        divergences.append(0.5 * ratio.square().sum() + L.diagonal().log().sum())
+        q = determinant.Gaussian(0.9 * L)  # off its best, so that there is something to see
+        x = q.sample(400_000)
+        w = (-0.5 * (x @ W.T).square().sum(1) - 1.5 * math.log(2 * math.pi) - q.log_prob(x)).exp()
+        assert w.mean().item() == pytest.approx(1 / torch.linalg.det(W).abs().item(), rel=0.01)
+        assert (w.var() / w.mean() ** 2).item() == pytest.approx(determinant.relative_variance(W, q.L), rel=0.05)
+    assert determinant.relative_variance(W, 2 * W) == math.inf and divergences == sorted(divergences, reverse=True)
+    torch.testing.assert_close(L.T @ L, W.T @ W, rtol=0, atol=0.02)  # of the fitted one
+
+
+def test_both_experiments_run_and_the_error_of_the_determinant_is_the_predicted_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(linear_masks, "entropy", partial(linear_masks.entropy, 10_000))
+    monkeypatch.setattr(linear_masks, "BATCH_SIZE", 32)
+    try:
+        linear_masks.main(["--steps", "1", "--seeds", "1", "--results", str(tmp_path)])
+    finally:
+        torch.set_default_dtype(torch.float32)
+    result = read(tmp_path / "linear-masks.json")
+    assert len(result["nll"]) == 4 and all(nll > result["entropy"] for [nll] in result["nll"].values())
+    monkeypatch.setattr(determinant, "measure", partial(determinant.measure, c=0.1))
+    determinant.main(["--dims", "2", "--dim", "4", "--results", str(tmp_path)])
+    result = read(tmp_path / "determinant.json")
+    for row in result["by_samples"] + result["by_dimension"]:
+        assert 0.6 < row["rmse"] / determinant.predicted(row) < 1.6  # of 20 repeats
+    assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".png"} and len([*tmp_path.iterdir()]) == 4
+
+
+# ---- rivals.py -------------------------------------------------------------------------------------------------------
+
+def two_flows(kind):
+    """A flow, the same with its linear layers of another kind, and points."""
+    flow, rival = fc_flow(6, bend=1.0), EBFlow([kind(6), fc_flow(6, bend=1.0).layers[1], kind(6)], (6,))
+    for layer, other in zip(flow.layers[::2], rival.layers[::2]):
+        layer.weight.data += 0.2 * torch.randn(6, 6)
+        other.load_state_dict(layer.state_dict() | {name: torch.linalg.inv(layer.weight.detach())
+                                                    for name in other.state_dict() if name == "R"})
+    return flow, rival, torch.randn(9, 6)
+
+
+@pytest.mark.parametrize("kind", rivals.KINDS.values())
+def test_the_gradients_of_the_rivals_are_those_of_their_papers_and_without_one_they_are_the_flow(float64, kind):
+    """relative: times WᵀW. Self-normalizing, where R = W⁻¹: half of it in W; the other half in R, ∂W = -W ∂R W."""
+    flow, rival, x = two_flows(kind)
+    losses.ml(flow.log_prob, x).backward()
+    losses.ml(rival.log_prob, x).backward()
+    for layer, ours in zip(flow.layers[::2], rival.layers[::2]):
+        W, G = layer.weight, layer.weight.grad
+        if kind is rivals.RelativeLayer:
+            torch.testing.assert_close(ours.weight.grad, G @ W.T @ W)
+        else:
+            torch.testing.assert_close(ours.weight.grad, 0.5 * G)
+            torch.testing.assert_close(ours.R.grad, -0.5 * W.T @ G @ W.T)
+        torch.testing.assert_close(ours.bias.grad, layer.bias.grad)
+    with torch.no_grad():
+        torch.testing.assert_close(rival.log_prob(x), flow.log_prob(x))
+
+
+def test_the_reconstruction_of_self_normalizing_is_added_and_has_the_gradients_of_its_formula(float64):
+    """Those of E‖RWx - x‖² with x constant, off the inverse."""
+    _, rival, x = two_flows(rivals.SelfNormalizingLayer)
+    layer = rival.layers[0]
+    layer.R.data += 0.2 * torch.randn(6, 6)
+    difference = rivals.self_norm(rival, x) - losses.ml(rival.log_prob, x)
+    W, R = layer.weight, layer.R
+    error = x @ W.T @ R.T - x
+    expected = 2 * R.T @ error.T @ x / len(x), 2 * error.T @ x @ W.T / len(x)
+    torch.testing.assert_close(torch.autograd.grad(layer.reconstruction, [W, R]), expected)
+    assert torch.autograd.grad(rival.layers[2].reconstruction, W, retain_graph=True, allow_unused=True) == (None,)
+    torch.testing.assert_close(difference, error.square().sum(1).mean() + rival.layers[2].reconstruction)  # λ = 1
+
+
+@pytest.mark.parametrize("loss, flags", [("ml", []), ("ssm", ["--sigma", "0.4"]), ("dsm", [])])
+def test_the_loop_of_the_rivals_trains_as_train_mnist_does(tmp_path, npy, loss, flags):
+    flags = ["--batch-size", "50", "--lr", "1e-3", "--seed", "3", *flags]
+    train_mnist.main(["--loss", loss, "--normalize", "center", "--epochs", "2", *rivals.PLAIN[loss], *flags, "--data",
+                      str(npy), "--device", "cpu", "--out", str(tmp_path / "run")])
+    curve = rivals.train(loss, "center", flags, 5, load_images(npy), CPU, 10)["curve"]  # two epochs of five batches
+    expected = [row["val_nll"] for row in read_metrics(tmp_path / "run")]
+    assert [step for step, _, _ in curve] == [0, 5, 10] and curve[2][2] != pytest.approx(curve[0][2], abs=1e-2)
+    assert [nll for _, _, nll in curve] == pytest.approx(expected, abs=1e-3)
+
+
+def test_the_rivals_run_and_go_on_from_what_they_have(tmp_path, capsys, npy):
+    shared = ["--data", str(npy), "--results", str(tmp_path), "--every", "4", "--steps", "10", "--device", "cpu"]
+    path, fails = tmp_path / "rivals.json", failing(rivals.main)
+    rivals.main(shared)
+    first, runs = path.read_text(), read(path)["runs"]
+    assert set(runs) == {f"{name}, {start}" for name in rivals.METHODS for start in ("center", "whiten")}
+    for name, run in runs.items():
+        assert [step for step, _, _ in run["curve"]] == [0, 4, 8, 12] and run["broke"] is None
+        assert run["curve"][-1][2] < run["curve"][0][2] or "whiten" in name  # the NLL
+        assert (run["curve"][0][1] > 0) == ("whiten" in name)  # seconds
+    rivals.main(shared)
+    assert path.read_text() == first and [*rivals.rows(runs)][2] in capsys.readouterr().out
+    images = np.load(npy)
+    images[-1, -1, -1] += 1
+    np.save(tmp_path / "other.npy", images)
+    assert "seed is 0 there and 1 here" in fails(capsys, *shared, "--seed", "1")
+    assert "images is" in fails(capsys, *shared, "--data", tmp_path / "other.npy")
+    assert "--digits" in fails(capsys, "--digits", "2") and "--steps" in fails(capsys, "--race", "--steps", "2")
+
+
+def test_the_table_of_the_rivals_interpolates_and_takes_the_median_time_of_a_step(npy):
+    curve = [(0, 0.5, 9.0), (10, 52.5, 4.0), (20, 54.5, 3.0), (30, 90.5, 3.5), (40, 92.5, 3.5)]  # two slow stretches
+    assert rivals.step_time(curve) == 0.2 and rivals.step_time(curve[:2]) == 5.2 and rivals.reached(curve, 5) == 8
+    assert rivals.reached(curve, 10) == 0 and rivals.reached(curve, 2) is None
+    assert [*rivals.rows({"a": {"curve": [(s, t, 1100 * x / 9) for s, t, x in curve], "broke": None}})] == [
+        "| a | 1100.0 | 366.7 | 427.8 | 5.0 | 0: 0.5 | 0: 0.6 | 1: 0.6 |"]
+    run = rivals.train("ml", "center", ["--batch-size", "50", "--lr", "1e30"], 5, load_images(npy), CPU, 10)
+    assert len(run["curve"]) == 1 and [*rivals.rows({"ml": run})][0].endswith("| not finite at step 5 |")
+
+
+def test_digits_beside_each_other_are_as_likely_each_as_alone_and_an_epoch_has_each_once(npy):
+    flags = ["--batch-size", "50", "--lr", "1e-12"]  # the start, where the weights are I
+    one, two = (rivals.train("ml", "center", flags, 2, load_images(npy), CPU, 2, n)["curve"] for n in (1, 2))
+    assert one[0][2] == pytest.approx(two[0][2], rel=5e-3)
+    images = torch.arange(120).to(torch.uint8).view(-1, 1, 2, 2)
+    seen = torch.cat([*islice(rivals.batches(images, 3, 5), 2)])
+    assert seen.shape == (10, 12) and seen.flatten().sort().values.equal(images.flatten())
+    assert not torch.equal(seen, rivals.beside(images, 3))
+    with pytest.raises(RunError, match="do not fill a batch"):
+        next(rivals.batches(images, 3, 11))
+
+
+def test_the_race_stops_at_the_level_with_the_settings_of_its_table(tmp_path, capsys, monkeypatch, npy):
+    calls, train = {}, rivals.train
+
+    def small(name, start, flags, every, splits, device, steps, digits, until):
+        s = settings.parse(train_mnist.Settings, ["--loss", rivals.METHODS[name][0], *flags])
+        calls[name, digits] = start, s.lr, steps, s.batch_size, every, s.actnorm, s.seed, until
+        return train(name, start, [*flags, "--batch-size", "50", "--lr", "1e-2"], 4, splits, device, 40, digits, until)
+
+    monkeypatch.setattr(rivals, "train", small)
+    start = train("ml", "center", ["--batch-size", "50", "--actnorm", "moments"], 1, load_images(npy), CPU, 1)
+    monkeypatch.setattr(rivals, "LEVEL", level := start["curve"][0][2] - 1)
+    shared = ["--race", "--data", str(npy), "--results", str(tmp_path), "--digits", "1", "2", "--device", "cpu"]
+    for _ in range(2):
+        rivals.main(shared)
+        monkeypatch.setattr(rivals, "train", None)  # the second time nothing is left to run
+    table = {"ssm": (1e-3, 200, 100), "dsm": (1.5e-3, 160, 100)}
+    for (name, n), call in calls.items():
+        lr, steps, size = table.get(name, (4e-3, 120, 500))
+        assert call == ("center", lr / n**0.5, n * steps, size, 20, "moments", 0, level)
+    runs = read(tmp_path / "race-cpu.json")["runs"]
+    for n, best in rivals.arrivals(runs).items():
+        curve = runs[f"ml, {n} digits"]["curve"]
+        assert 0 < best["ml"][0] <= curve[-1][0] and curve[-1][2] <= level < curve[-2][2]
+        assert best["ml"][1] == best["ml"][0] * rivals.step_time(curve)
+    assert [*rivals.race_rows(runs)][1] in capsys.readouterr().out and len(calls) == 8
+    for nll in (math.inf, 0.0):  # never, and at once
+        other = {name: run | {"curve": [[0, 0.0, nll], [4, 1.0, nll]]} for name, run in runs.items()}
+        assert [*rivals.race_rows(other)][0] == "| 784 | – | – | – | – | – |" and rivals.race_picture(other)
+
+
+def test_the_race_sets_the_last_actnorm_on_every_tenth_step_all_the_way(monkeypatch, npy):
+    track, tracked = train_mnist.track_moments, []
+    monkeypatch.setattr(train_mnist, "track_moments", lambda flow, x: (track(flow, x), tracked.append((flow, x))))
+    rivals.train("dsm", "center", ["--batch-size", "50", "--actnorm", "moments"], 20, load_images(npy), CPU, 20)
+    assert [len(flow.layers) for flow, _ in tracked] == [7, 4, 4, 7]  # the average before; steps 0 and 10; after
+    with torch.no_grad():
+        std, mean = torch.std_mean(tracked[-1][0](tracked[-1][1]), dim=0)
+    assert mean.abs().max() < 1e-4 and (std - 1).abs().max() < 1e-3
+
+
+def test_the_recorded_methods_are_those_of_today_and_the_figures_can_be_drawn_again():
+    for file, methods, picture in (("rivals", rivals.METHODS, rivals.picture),
+                                   ("race-cpu", rivals.RACE, rivals.race_picture),
+                                   ("race-cuda", rivals.RACE, rivals.race_picture)):
+        result = read(RESULTS / f"{file}.json")
+        assert result["methods"] == json.loads(json.dumps(methods)) and picture(result["runs"]).axes[0].lines
+    figure = balanced.curves(read(RESULTS / "balanced.json")["runs"])
+    assert [len(axes.lines) for axes in figure.axes] == [14] * 5  # four of the legend, ten runs
+
+
+# ---- balanced.py, unbalanced.py --------------------------------------------------------------------------------------
+
+SMALL = "--steps 6 --start-steps 5 --chains 40 --batch-size 64 --blocks 2 --width 8 --energy-width 8".split()
+
+
+def small(tmp_path, *cells):
+    own = ["--seeds", "0", "--runs", str(tmp_path), "--results", str(tmp_path / "results"), "--cells", *cells, *SMALL]
+    return [*own, *"--dims 2 --epochs 2 --test-points 400 --mixing-rounds 3 --local-steps 3 --device cpu".split()]
+
+
+def test_balanced_makes_its_table_and_figures_and_trains_nothing_twice(tmp_path, capsys, monkeypatch):
+    cells, results = ["flow", "flow alone", "tempering", "langevin", "short"], tmp_path / "results"
+    balanced.main(small(tmp_path, *cells))
+    lines = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| 2 |")]
+    # gradients of a round and the energies of its jump, or of the swaps of eight temperatures
+    assert {line[1]: line[-1].split()[0] for line in lines} == dict(zip(cells, ("6", "–", "40", "4", "4")))
+    assert {path.name for path in results.iterdir()} == {"balanced.json", "ebm-weights.png", "ebm-density.png"}
+    runs, metrics = read(results / "balanced.json")["runs"], read_metrics(tmp_path / "balanced-d2-flow-seed0")
+    assert runs["2 flow 0"]["tv"] == metrics[-1]["tv"]
+    assert runs["2 flow 0"]["tv_by_step"] == [[row["step"], pytest.approx(row["tv"], abs=1e-5)] for row in metrics]
+    monkeypatch.setattr(train_ebm, "train", None)
+    monkeypatch.setattr(plots, "save", lambda *_: None)
+    balanced.main(small(tmp_path, *cells))
+    balanced.main([*small(tmp_path, "flow alone"), "--dims", "3"])  # beside what is there
+    assert {*read(results / "balanced.json")["runs"]} == {*runs, "3 flow alone 0"}
+    for wrong, flags in (("flags is", ["--lr", "1"]), ("--data is", ["--data", "swirl"]), ("--bogus", ["--bogus"])):
+        assert wrong in failing(balanced.main)(capsys, *small(tmp_path, "flow"), *flags)
+
+
+def test_an_energy_that_breaks_down_is_an_entry_of_the_table_and_not_its_end(tmp_path, capsys):
+    balanced.main([*small(tmp_path, "flow", "short"), "--lr", "1e30"])
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| 2 |")]
+    assert len(lines) == 2 and all("| broke down |" in line for line in lines)
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return unbalanced.Digits()
+
+
+def test_the_components_are_white_and_held_out_images_have_the_proportions_of_the_data(digits, capsys):
+    x, held_out = torch.cat(digits.x), digits.held_out
+    assert [*map(len, digits.x)] == [5000, 500] and x.shape == (5500, 16) and digits.share == pytest.approx(1 / 11)
+    torch.testing.assert_close(x.mean(0), torch.zeros(16), rtol=0, atol=1e-4)
+    torch.testing.assert_close(x.T.cov(correction=0), torch.eye(16), rtol=0, atol=1e-3)
+    pixels = torch.cat([images[:n] for images, n in zip(digits.read("train"), (5000, 500))])
+    rest = (pixels - (x * digits.std) @ digits.axes - digits.mean).square().sum()
+    assert 1 - rest / (pixels - digits.mean).square().sum() == pytest.approx(0.72, abs=0.005)  # of the variance
+    assert torch.equal(held_out, torch.cat([digits.test[0], digits.test[1][:98]]))
+    network = unbalanced.classifier(digits)
+    assert "right on 2113 of 2115" in capsys.readouterr().out
+    shares = [(network(digits.sample(4000, equally=equally)) > 0).double().mean().item() for equally in (False, True)]
+    assert shares == [pytest.approx(1 / 11, abs=0.02), pytest.approx(0.5, abs=0.005)]
+
+
+MODES = [[-2.0, 0.0], [2.0, 0.0]]
+P = Mixture([0.6, 0.4], MODES)  # the model
+RIGHT = 0.4 + 0.2 * torch.special.ndtr(torch.tensor(-2.0)).item()  # its share of x_1 > 0
+
+
+def judge(x):
+    """A judge of models in the plane, by the sign of x_1; its flow is the Gaussian of x."""
+    truth = Mixture([0.8, 0.2], MODES)
+    data = SimpleNamespace(sample=truth.sample, held_out=truth.sample(20_000), share=0.2)
+    s = settings.parse(train_ebm.Settings, ["--chains", "300"])
+    return unbalanced.Judge(s, data, lambda x: x[:, 0], train_ebm.gaussian(x))
+
+
+def test_the_judge_finds_the_proportion_and_the_nll_of_a_density_and_says_nothing_where_few_draws_carry_the_weight():
+    judge_of = judge(2 * torch.randn(1000, 2) - 1)
+    row, draws = judge_of(lambda x: 7 - P.log_prob(x), 40)
+    assert abs(row["share"] - RIGHT) < 4 * row["share_se"] < 0.05 and row["ess"] > 0.1
+    assert row["tv"] == pytest.approx(abs(row["share"] - 0.2))
+    assert row["nll"] == pytest.approx(-P.log_prob(judge_of.data.held_out).mean().item(), abs=0.05)
+    assert (draws[:, 0] > 0).double().mean().item() == pytest.approx(0.4, abs=0.25)  # of 64
+    row, _ = judge(torch.randn(1000, 2))(lambda x: 50 * (x - 9).square().sum(1), 0)
+    assert row["ess"] < 0.01 and row["share"] is row["share_se"] is row["tv"] is row["nll"] is None
+
+
+def test_the_judge_does_not_lose_the_mass_that_only_the_first_flow_reaches():
+    """The other one stands for a flow that adapted to the first mode alone, and overflows in the second one."""
+    judge_of = judge(2 * torch.randn(1000, 2))
+    left = torch.distributions.MultivariateNormal(torch.tensor([-2.0, 0.0]), 0.1 * torch.eye(2))
+    judge_of.flow = SimpleNamespace(sample=lambda n: left.sample((n,)),
+                                    log_prob=lambda x: left.log_prob(x).where(x[:, 0] < 0, math.nan))
+    row, _ = judge_of(lambda x: -P.log_prob(x), 0)
+    assert abs(row["share"] - RIGHT) < 4 * row["share_se"] < 0.03
+
+
+def test_unbalanced_makes_its_table_and_figures_and_trains_nothing_twice(tmp_path, capsys, monkeypatch, digits):
+    fit, fits, fails, network = unbalanced.fit, [], failing(unbalanced.main), lambda x: x[:, 0]
+    for name, value in (("fit", lambda *arguments: fits.append(1) or fit(*arguments)), ("ROUNDS", (1, 3)),
+                        ("DRAWS", 500), ("Digits", lambda: digits), ("classifier", lambda data: network)):
+        monkeypatch.setattr(unbalanced, name, value)
+    cells = ["flow", "flow alone", "tempering, the flow as base"]
+    unbalanced.main(["--results", str(tmp_path), "--cells", *cells, *SMALL])
+    assert {path.name for path in tmp_path.iterdir()} == {"unbalanced.json", "unbalanced.png", "unbalanced-draws.png"}
+    runs = read(tmp_path / "unbalanced.json")["runs"]
+    assert len(fits) == 2  # one flow for all, and the flow alone
+    assert [look["update"] for look in runs["flow seed 0"]["looks"]] == [0, 1, 2, 3, 4, 5, 6]
+    assert math.isfinite(runs["flow alone seed 0"]["nll"]) and runs["flow alone seed 0"]["ess"] == pytest.approx(1)
+    monkeypatch.setattr(unbalanced, "run", None)  # the second time nothing is left to run
+    monkeypatch.setattr(plots, "save", lambda *_: None)
+    unbalanced.main(["--results", str(tmp_path), "--cells", *cells, *SMALL])
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert [line.split(" | ")[0] for line in lines] == 2 * [f"| {cell}" for cell in cells]
+    assert "--dim is" in fails(capsys, "--dim", "5") and "--stepz" in fails(capsys, "--stepz", "3")
+    s = settings.parse(train_ebm.Settings, ["--dim", "16", "--flow-lr", "1e30", *SMALL])  # the energy stays finite
+    with pytest.raises(RunError, match="not finite"):
+        unbalanced.train(s, digits, network, train_ebm.make_flow(s, digits.sample(500)))
