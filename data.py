@@ -59,17 +59,14 @@ def load_images(path):
         for name in ("train-images-idx3-ubyte", "t10k-images-idx3-ubyte"):
             file = next((file for file in (path / f"{name}.gz", path / name) if file.is_file()), None)
             if file is None:
-                raise DataError(f"no {name}.gz (nor {name}) in {path}: --data takes a directory with the files of "
-                                "MNIST's format or of CIFAR-10's binary version, or a .npy file")
-            images = read_idx(file)
-            if images.dim() != 3:
-                raise DataError(f"{file} holds an array of {images.dim()} axes, not (images, rows, columns)")
-            splits.append(images[:, None])
+                raise DataError(f"no {name}.gz (nor {name}) in {path}: --data takes a directory of MNIST's or of "
+                                "CIFAR-10's (binary) files, or a .npy file")
+            splits.append(read_idx(file)[:, None])
         train, test = splits
     n = len(train) - len(train) // 6
-    if n == len(train) or len(test) == 0 or train.numel() == 0 or train.shape[1:] != test.shape[1:]:
-        raise DataError(f"{path} has too few images, or of different shapes: {tuple(train.shape)} to train, "
-                        f"{tuple(test.shape)} to test")
+    if n == len(train) or train.dim() != 4 or test.numel() == 0 or train.shape[1:] != test.shape[1:]:
+        raise DataError(f"{path} has too few images, or not two sets (n, C, H, W) of one size: {tuple(train.shape)} to "
+                        f"train, {tuple(test.shape)} to test")
     return train[:n], train[n:], test
 
 
@@ -103,8 +100,7 @@ def read_npy(path):
         raise DataError(f"{path} holds {images.dtype}, not bytes: save images of 0 … 255 as uint8")
     images = images[..., None] if images.ndim == 3 else images
     if images.ndim != 4 or images.shape[3] not in (1, 3, 4):
-        raise DataError(f"{path} has the shape {images.shape}: images are (n, H, W), or (n, H, W, C) with 1, 3 or 4 "
-                        "channels C")
+        raise DataError(f"{path} has the shape {images.shape}, not (n, H, W) or (n, H, W, 1, 3 or 4 channels)")
     return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
 
 

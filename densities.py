@@ -44,7 +44,7 @@ class Toy(Density):
 
     def log_prob(self, x):
         """log p(x) in nats, computed in float64.   (B, 2) -> (B,)"""
-        log_p_k, center, std = self.log_p_k.to(x.device), self.center.to(x.device), self.std.to(x.device)
+        log_p_k, center, std = (t.to(x.device) for t in (self.log_p_k, self.center, self.std))
         log_p = []
         for batch in x.double().reshape(len(x), 2).split(2000):  # (2000, K, 2) at a time
             log_p_given_k = log_smoothed_box(batch[:, None] - center, self.width, std).sum(2)
@@ -123,11 +123,9 @@ class Mixture(Density):
 
     def sample(self, n, device="cpu", equally=False):
         """n draws of p in torch's default dtype, or with `equally` the same number from each mode.   -> (n, D)"""
-        if equally:
-            k = torch.arange(n, device=device) % len(self.means)
-        else:
-            k = torch.multinomial(self.weights.to(device), n, replacement=True)
-        means, std = self.means.to(device, torch.get_default_dtype()), self.std.to(device, torch.get_default_dtype())
+        k = (torch.arange(n, device=device) % len(self.means) if equally
+             else torch.multinomial(self.weights.to(device), n, replacement=True))
+        means, std = (t.to(device, torch.get_default_dtype()) for t in (self.means, self.std))
         return means[k] + std[k, None] * torch.randn(n, means.shape[1], device=device)
 
     def log_prob(self, x):

@@ -83,13 +83,10 @@ class EBFlow(nn.Module):
 
     @torch.no_grad()
     def initialize(self, x):
-        """Data-dependent start: each linear layer starts from the batch as it reaches that layer (see ActNorm)."""
+        """Data-dependent start: each layer starts from the batch x as it reaches that layer (see ActNorm)."""
         for layer in self.layers:
-            if isinstance(layer, LinearLayer):
-                layer.initialize(x)
-                x = layer(x)
-            else:
-                x, _ = layer(x)
+            layer.initialize(x)
+            x = layer(x) if isinstance(layer, LinearLayer) else layer(x)[0]
 
     def _transform(self, x):
         """u = g(x) and Σ_{i∈S_n} log|det J_i|.   (B, *shape) -> (B, *shapes[-1]), (B,)"""
@@ -127,13 +124,14 @@ def logit_preprocessing(shape, s, mean=0.0):
     return EBFlow([Standardize(std=256.0), Logit(), Standardize(std=s, mean=mean)], shape)
 
 
-def fc_flow(dim=784, alpha=0.3, diagonal=1.0, bias=0.0, bend=None):
+def fc_flow(dim=784, alpha=0.3, diagonal=1.0, bias=0.0, bend=None, ratio=1.0):
     """Two unconstrained dim × dim matrices with a smooth leaky ReLU between them: the paper's FC.
 
-    Both matrices start at diagonal · I and both biases at `bias`. The paper has -I and 1. ours: +I and 0, and `bend`.
+    W₁ starts at diagonal · I, W₂ at ratio times that, both biases at `bias`. The paper has -I, -I and 1. ours: +I, 0,
+    `bend`, and `ratio`: where an actnorm takes the scale back, a larger W₂ learns more slowly.
     """
     return EBFlow([FullyConnected(dim, diagonal, bias), SmoothLeakyReLU(alpha, bend=bend),
-                   FullyConnected(dim, diagonal, bias)], (dim,))
+                   FullyConnected(dim, ratio * diagonal, bias)], (dim,))
 
 
 def cnn_flow(shape=(1, 28, 28), kernel_size=7, blocks=3, alpha=0.3, diagonal=-1.0, bias=0.01, bend=None):

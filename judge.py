@@ -17,8 +17,7 @@ class Truth:
     """The true density p, test draws that nothing was trained on, and points for integrals: ∫ f dx ≈ Σ_i v_i f(x_i).
 
         D = 2   a lattice; v_i is the area of a cell. The error is below 0.001 for modes as wide as these.
-        D > 2   n draws x_i ~ r, v_i = 1/(n r(x_i)): importance sampling. r has the true modes, equally often, with 1,
-                1.15 and 1.5 times their width.
+        D > 2   n draws x_i ~ r, v_i = 1/(n r(x_i)). r has the true modes equally often, 1, 1.15 and 1.5 times as wide.
 
     The points come neither from the chains nor from the flow, and are the same for every sampler. For D > 2 they miss
     mass far from all true modes: Z is then too small, and the KL divergence negative.
@@ -39,11 +38,9 @@ class Truth:
             self.log_v = -r.log_prob(self.x).double() - math.log(n)
         self.log_p = self.log_v + data.log_prob(self.x).double()  # log v_i p(x_i)
         self.w = data.weights.to(self.log_p) if self.modes else self.log_p.new_ones(1)  # (K,)
-        in_mode = data.responsibilities(self.x) if self.modes else self.log_p.new_ones(len(self.x), 1)
-        self.in_mode = in_mode.log()  # log P(k | x_i), (n, K)
-        self.entropy = -data.log_prob(self.test).double().mean().item()
-        if self.lattice:
-            self.entropy = -torch.sum(self.log_p.exp() * (self.log_p - self.log_v)).item()
+        self.in_mode = data.responsibilities(self.x).log() if self.modes else torch.zeros_like(self.log_p)[:, None]
+        self.entropy = -(torch.sum(self.log_p.exp() * (self.log_p - self.log_v)) if self.lattice
+                         else data.log_prob(self.test).double().mean()).item()
 
     @torch.no_grad()
     def figures(self, model, chains, split="val"):
@@ -57,8 +54,9 @@ class Truth:
         from the delta method; that of the total variation "tv" is an upper bound. Where the effective sample size
         "ess" is below 1 % of the points, p_θ lies elsewhere: then Z, NLL, KL and weights are None.
         """
-        log_test, log_q = (-energies(model, x).double() for x in (self.test, self.x))
-        log_q, log_p, in_mode = log_q + self.log_v, self.log_p, self.in_mode  # (n,), (n,), (n, K)
+        log_test, log_q = (-torch.cat([model.energy(batch) for batch in x.split(8192)]).double()
+                           for x in (self.test, self.x))
+        log_q, log_p, in_mode = log_q + self.log_v, self.log_p, self.in_mode  # (n,), (n,), log P(k | x_i) (n, K)
         A, B = ((in_mode + log[:, None]).logsumexp(0) for log in (log_q, log_p))  # (K,)
         log_z = (self.w.log() + A - B).logsumexp(0)
         weights = self.w * (A - B - log_z).exp()
@@ -91,12 +89,8 @@ class Truth:
         return row
 
 
-def energies(model, x):
-    return torch.cat([model.energy(batch) for batch in x.split(8192)])
-
-
 def total_variation(p, q):
-    """½ Σ_k |p_k - q_k|"""
+    """½ Σ_k |p_k - q_k|.   (K,), (K,) -> float"""
     return (p - q).abs().sum().item() / 2
 
 

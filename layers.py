@@ -7,8 +7,8 @@ A normalizing flow maps a datum x to u = g_L ∘ … ∘ g_1(x). EBFlow factoris
     LinearLayer      i ∈ S_l   affine: log|det J_i| does not depend on x, so it belongs to log Z
     NonlinearLayer   i ∈ S_n   any other: log|det J_i| may depend on x, so it belongs to the energy E
 
-The base classes state what a layer must provide. A new layer is one new class, and `verify` checks it. Determinants of
-matrices are computed in float64 whatever the layer's dtype, but in float32 where their gradient is taken: `precise`.
+A new layer extends one of these two; making it raises TypeError if it lacks an abstract method, and `verify` checks it.
+Determinants of matrices are computed in float64, but in float32 where their gradient is taken: `precise`.
 
 Source: Chao et al., "Training Energy-Based Normalizing Flow with Score-Matching Objectives" (NeurIPS 2023).
 "ours:" marks what is not in the paper.
@@ -24,10 +24,7 @@ import torch.nn.functional as F
 
 
 class Layer(nn.Module, ABC):
-    """One transformation g_i. `shape` is the shape of one event that enters it, without the batch dimension.
-
-    A new layer extends LinearLayer or NonlinearLayer. If it lacks an abstract method, making it raises TypeError.
-    """
+    """One transformation g_i. `shape` is the shape of one event that enters it, without the batch dimension."""
 
     cost = "?"  # of the log-determinant; EBFlow prints it
 
@@ -43,6 +40,9 @@ class Layer(nn.Module, ABC):
         """The shape of one event that leaves the layer. Raises for a `shape` that would broadcast."""
         return shape
 
+    def initialize(self, x):
+        """Data-dependent start from the batch x (B, *shape) that reaches the layer. By default, nothing happens."""
+
 
 class LinearLayer(Layer):
     """An affine transformation, i ∈ S_l: forward(x) -> y."""
@@ -50,9 +50,6 @@ class LinearLayer(Layer):
     @abstractmethod
     def log_abs_det(self, shape):
         """log|det J|, the same for every x. For an image it depends on the size, so it takes `shape`.   -> ()"""
-
-    def initialize(self, x):
-        """Data-dependent start from the batch x (B, *shape) that reaches the layer. By default, nothing happens."""
 
 
 class NonlinearLayer(Layer):
@@ -186,8 +183,7 @@ class Conv1x1(LinearLayer):
 class ActNorm(LinearLayer):
     """y = exp(s) ⊙ x + b, with one s and one b per channel (dimension 1 of the batch).
 
-    log|det J| = H·W·Σ s, O(C).   x (B, C, …) -> y (B, C, …)
-    Source: Kingma and Dhariwal, "Glow" (2018).
+    log|det J| = H·W·Σ s, O(C).   x (B, C, …) -> y (B, C, …).   Source: Kingma and Dhariwal, "Glow" (2018).
     """
 
     cost = "O(C)"
@@ -340,15 +336,14 @@ class AffineCoupling(NonlinearLayer):
         h, t = network(x_a)      s = floor + (1 - floor) sigmoid(h + 2),      with `tanh` s = exp(2 tanh(h / 2))
         y_a = x_a                y_b = s ⊙ x_b + t                            log|det J| = Σ log s
 
-    `network` maps (B, C_a, …) to (B, 2 C_b, …). x_a is the first half of torch.tensor_split, with `swap` the second.
-    s < 1 keeps the score from blowing up; a linear layer can undo the shrinking. `tanh` is the scale of the paper's
-    Glow.   x (B, C, …) -> y (B, C, …), (B,)
+    `network` maps (B, C_a, …) to (B, 2 C_b, …); another output raises. x_a is the first half of torch.tensor_split,
+    with `swap` the second. `tanh` is the scale of the paper's Glow.   x (B, C, …) -> y (B, C, …), (B,)
 
-    ours: the sigmoid, and the `floor` under s. The inverse divides by s, but score matching does not constrain s away
-    from the data.
+    ours: the sigmoid, since s < 1 keeps the score from blowing up (a linear layer can undo the shrinking), and the
+    `floor` under s. The inverse divides by s, but score matching does not constrain s away from the data.
 
-    Raises ValueError unless `floor` is 0 or in [0.001, 1), and 0 with `tanh`, and where the network's output does not
-    fit. Source: Dinh et al., "RealNVP" (2017); Glow (2018) for the sigmoid.
+    Raises ValueError unless `floor` is 0, or in [0.001, 1) without `tanh`.
+    Source: Dinh et al., "RealNVP" (2017); Glow (2018) for the sigmoid.
     """
 
     def __init__(self, network, swap=False, floor=0.0, tanh=False):

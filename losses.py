@@ -32,7 +32,8 @@ def ml(log_prob, x):
 def sml(energy, x, x_model):
     """Maximum likelihood from samples: E_data[ E(x) ] - E_model[ E(x') ].   Poster, Eq. (4).
 
-    Its gradient is that of `ml`, because ∇_θ log Z = -E_model[ ∇_θ E(x') ]. x_model (B', …) are samples of the model.
+    It has the gradient of `ml`, because ∇_θ log Z = -E_model[ ∇_θ E(x') ], but its value is not a likelihood.
+    x_model (B', …) are samples of the model.
     """
     x_model = torch.cat([x, x_model.detach()])[len(x):]  # refuses samples of another event shape
     return values(energy, x).mean() - values(energy, x_model).mean()
@@ -66,7 +67,7 @@ def fdssm(energy, x, xi, eps=None):
 
     eps like x, with norm ξ for each sample. The energy is called once, on 3B rows. If it takes a condition c, pass
     c.repeat(3, 1). The rounding error of the value is about the machine epsilon times D·E/ξ². With E ≈ 1000, as on
-    MNIST, float32 loses its digits below ξ ≈ 0.01. Poster, Eq. (6).
+    MNIST, it exceeds 1 in float32 below ξ ≈ 0.1. Poster, Eq. (6).
     """
     if not xi > torch.finfo(x.dtype).eps ** 0.5:
         raise ValueError(f"at ξ = {xi} no digit of E(x ± ε) - E(x) is left in {x.dtype}")
@@ -108,7 +109,7 @@ def on_sphere(x, radius):
 
 
 def values(f, x):
-    """f(x), one number for each sample. The gradient of a mean, or a score, would pass for ∇E.   (B, …) -> (B,)"""
+    """f(x), one number for each sample, of that sample alone. The gradient of a mean would pass for ∇E.   -> (B,)"""
     y = f(x)
     if y.shape != x.shape[:1] or not y.is_floating_point():
         raise ValueError(f"energies of {tuple(x.shape)} are floats ({len(x)},), not {y.dtype} {tuple(y.shape)}: pass "
@@ -117,7 +118,7 @@ def values(f, x):
 
 
 def _grad(energy, x):
-    """x as a leaf, and ∇E there as a function of it and of the parameters.   -> like x, like x"""
+    """Detaches x, enables its gradient, and returns x and ∇E(x).   -> like x, like x"""
     x = x.detach().requires_grad_()
     return x, torch.autograd.grad(values(energy, x).sum(), x, create_graph=True)[0]
 

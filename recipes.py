@@ -1,6 +1,7 @@
 """What an architecture and an objective change of the defaults of train_mnist.py: our recipes, and the paper's."""
 
-FC = dict(epochs=8, normalize="whiten", diagonal=2.0, actnorm="moments", sigma=0.7)
+FC = dict(epochs=8, lr=3e-3, normalize="whiten", diagonal=4.0, ratio=6.0, actnorm="moments", sigma=0.35, sml_steps=100,
+          model_samples=200)
 CNN_ML = dict(epochs=5, lr=1e-2, normalize="whiten", diagonal=0.6, bend=1.0)
 CNN = dict(epochs=6, lr=5e-4, normalize="whiten", diagonal=-0.6, actnorm="moments")
 GLOW_ML = dict(epochs=5, lr=1e-3, clip=500.0, actnorm="trained")
@@ -8,9 +9,9 @@ GLOW = dict(epochs=5, lr=1e-3, normalize="whiten", floor=0.5, actnorm="moments")
 RECIPES = {  # ours
     "fc ml":      dict(epochs=40, batch_size=200, lr=6e-3),
     "fc sml":     dict(epochs=25, batch_size=200, lr=3e-3, model_samples=400),
-    "fc ssm":     FC,
+    "fc ssm":     FC | dict(lr=2e-3),
     "fc dsm":     FC,
-    "fc fdssm":   FC | dict(epochs=16, batch_size=500),
+    "fc fdssm":   dict(epochs=16, batch_size=500, normalize="whiten", diagonal=2.0, actnorm="moments", sigma=0.7),
     "cnn ml":     CNN_ML,
     "cnn sml":    CNN_ML,
     "cnn ssm":    CNN | dict(epochs=8, clip=1000.0),

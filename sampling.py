@@ -1,5 +1,4 @@
-# An unofficial reimplementation of EBFlow (arXiv 2305.15267, 2306.00684). MIT licence, copyright (c) 2026 its
-# contributors.
+# An unofficial version of EBFlow (arXiv 2305.15267, 2306.00684). MIT licence, copyright (c) 2026 its contributors.
 """Markov chains on any energy: draws from π(x) = exp(-E(x)) / Z, and how good the draws are.
 
 `energy` is a callable (B, …) -> (B,), as in losses.py. A batch x is B independent chains; the result has its device and
@@ -47,12 +46,22 @@ def langevin(energy, x, steps, step_size, where=None):
     return x
 
 
-def mala(energy, x, steps, step_size, where=None):
+def mala(energy, x, steps, step_size, where=None, target=None):
     """Metropolis-adjusted Langevin algorithm (MALA; Roberts and Tweedie 1996).   (B, …) -> (B, …), Report
 
-    It leaves π invariant for a fixed energy. It rejects a proposal with a non-finite energy.
+    It leaves π invariant for a fixed energy. It rejects a proposal with a non-finite energy. Each step computes the
+    energy and its gradient once. The step size stays as it is without a `target`, for which see `tune`.
     """
-    x, accepted, _ = _mala(energy, x, steps, step_size, where)
+    E, grad = _energy_and_grad(energy, x, where)
+    x, accepted = _lost(x.detach(), E), torch.zeros(len(x), device=x.device)
+    for t in range(1, steps + 1):
+        x_new = _propose(x, grad, step_size, where)
+        E_new, grad_new = _energy_and_grad(energy, x_new, where)
+        accept, alpha = _accept(E, E_new, _log_q(x_new, x, grad, step_size), _log_q(x, x_new, grad_new, step_size))
+        x, E, grad = (_select(accept, *pair) for pair in ((x_new, x), (E_new, E), (grad_new, grad)))
+        accepted += accept
+        if target is not None:
+            step_size = step_size * (t**-0.6 * (alpha.mean() - target)).exp()
     return x, Report(step_size, accepted / steps)
 
 
@@ -61,12 +70,11 @@ def tune(energy, x, steps, step_size, target=0.574, where=None):
 
         log a ← log a + t^(-0.6) · (mean α - target),   t = 1, 2, …      (Robbins and Monro 1951)
 
-    For burn-in only: the step size depends on the past of the chains, so π is not invariant. Continue with `mala` at
-    the step size that is returned. 0.574 is the most efficient acceptance in high dimensions (Roberts and Rosenthal
-    1998).
+    For burn-in only: the step size depends on the past of the chains, so π is not invariant. Go on with `mala` at the
+    step size returned. 0.574 is the most efficient acceptance in high dimensions (Roberts and Rosenthal 1998).
     """
-    x, _, step_size = _mala(energy, x, steps, step_size, where, target)
-    return x, step_size
+    x, report = mala(energy, x, steps, step_size, where, target)
+    return x, report.step_size
 
 
 def impute(energy, x, mask, steps, step_size, adjusted=False, start=None):
@@ -110,15 +118,14 @@ def alternate(energy, flow, x, rounds, local_steps, step_size, adjusted=True):
     accepted, jumped = torch.zeros(2, len(x), device=x.device)
     for _ in range(rounds):
         if adjusted:
-            x, accept, _ = _mala(energy, x, local_steps, step_size)
-            accepted += accept
+            x, report = mala(energy, x, local_steps, step_size)
+            accepted += report.acceptance
         else:
             x = langevin(energy, x, local_steps, step_size)
         if flow is not None:
             x, jump = independence(energy, flow, x)
             jumped += jump
-    return x, Report(step_size, accepted / (rounds * local_steps) if adjusted else None,
-                     jumped / rounds if flow is not None else None)
+    return x, Report(step_size, accepted / rounds if adjusted else None, jumped / rounds if flow is not None else None)
 
 
 # ---- Global steps: hotter chains -------------------------------------------------------------------------------------
@@ -135,18 +142,18 @@ def tempering(energy, x, temperatures, steps, step_sizes):
     Source: Geyer, "Markov chain Monte Carlo maximum likelihood" (1991).
     """
     n, T = len(x), temperatures
-    x, accepted = x.detach().clone(), torch.zeros(x.shape[:2], device=x.device)
+    x, acceptance = x.detach().clone(), torch.zeros(x.shape[:2], device=x.device)
     for t, (temperature, step_size) in enumerate(zip(T, step_sizes, strict=True)):
-        x[t], accepted[t], _ = _mala(lambda x: values(energy, x) / temperature, x[t], steps, step_size)
+        x[t], (_, acceptance[t], _) = mala(lambda x: values(energy, x) / temperature, x[t], steps, step_size)
     with torch.no_grad():
         E = torch.stack([values(energy, replica) for replica in x])  # (n, B)
-    swapped = torch.zeros_like(accepted[1:])
+    swapped = torch.zeros_like(acceptance[1:])
     for t in [*range(0, n - 1, 2), *range(1, n - 1, 2)]:
         accept, _ = _accept(E[t] / T[t] + E[t + 1] / T[t + 1], E[t + 1] / T[t] + E[t] / T[t + 1], 0, 0)
         swapped[t] = accept
         for state in (x, E):
             state[t], state[t + 1] = _select(accept, state[t + 1], state[t]), _select(accept, state[t], state[t + 1])
-    return x, Report(step_sizes, accepted / steps, swapped)
+    return x, Report(step_sizes, acceptance, swapped)
 
 
 # ---- How good the draws are ------------------------------------------------------------------------------------------
@@ -215,21 +222,6 @@ def values(f, x):
     if y.shape != x.shape[:1]:
         raise ValueError(f"an energy or a log-density maps (B, …) to (B,), ({len(x)},), not to {tuple(y.shape)}")
     return y
-
-
-def _mala(energy, x, steps, a, where=None, target=None):
-    """-> x (B, …), the number of accepted steps (B,), the step size. Each step computes one energy and gradient."""
-    E, grad = _energy_and_grad(energy, x, where)
-    x, accepted = _lost(x.detach(), E), torch.zeros(len(x), device=x.device)
-    for t in range(1, steps + 1):
-        x_new = _propose(x, grad, a, where)
-        E_new, grad_new = _energy_and_grad(energy, x_new, where)
-        accept, alpha = _accept(E, E_new, _log_q(x_new, x, grad, a), _log_q(x, x_new, grad_new, a))
-        x, E, grad = (_select(accept, *pair) for pair in ((x_new, x), (E_new, E), (grad_new, grad)))
-        accepted += accept
-        if target is not None:
-            a = a * (t**-0.6 * (alpha.mean() - target)).exp()
-    return x, accepted, a
 
 
 def _lost(x, E):

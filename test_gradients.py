@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.func import functional_call, jacrev
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -333,6 +334,24 @@ def test_sml_has_the_gradient_of_ml_for_a_nonlinear_flow_by_quadrature(plane):
     rule = gauss_hermite(32, plane.shapes[-1])
     sml = expectation(lambda u: losses.sml(plane.energy, x, plane.inverse(u)), *rule)
     assert distance(flat(gradients(sml, plane)), flat(gradients(losses.ml(plane.log_prob, x), plane))) < 1e-5
+
+
+def test_score_matching_does_not_see_the_weight_of_a_far_mode_and_sml_does():
+    """E(x) = -log((1 - w) N(x; 0, 1) + w N(x; m, 1)), data with as much in either mode. As the modes part, the gradient
+    in w of each score-matching objective vanishes; that of sml stays w - ½."""
+    z = torch.from_numpy(np.polynomial.hermite_e.hermegauss(24)[0])[8:16, None]  # symmetric about 0, as the normal is
+    logit = torch.tensor(math.log(0.9 / 0.1), requires_grad=True)
+    for m, most in ((8, 1e-3), (20, 1e-12)):
+        def energy(x):
+            near, far = F.logsigmoid(-logit) - 0.5 * x.square(), F.logsigmoid(logit) - 0.5 * (x - m).square()
+            return -torch.logaddexp(near, far).sum(1)
+
+        x, x_model = torch.cat([z, z + m]), torch.cat([z, *[z + m] * 9])
+        for name, objective in SCORE_MATCHING.items():
+            gradient, = torch.autograd.grad(objective(energy, x), logit)
+            assert gradient.abs() < most, name
+        gradient, = torch.autograd.grad(losses.sml(energy, x, x_model), logit)
+        torch.testing.assert_close(gradient, torch.tensor(0.9 - 0.5), rtol=0, atol=1e-3)
 
 
 def test_the_draws_that_the_objectives_make_have_the_right_law():

@@ -46,8 +46,7 @@ from support.optimization import cosine, trainable, update_average
 from support.run import Run, RunError, one_line_errors
 from support.settings import setting
 
-CLIP = 10.0    # largest norm of either gradient
-TARGET = 0.574  # acceptance of Langevin, the most efficient in high dimensions (Roberts and Rosenthal 1998)
+CLIP = 10.0  # largest norm of either gradient
 FIGURES = ("loss", "grad_norm", "flow_loss", "flow_grad_norm", "acceptance", "global_acceptance")  # of a step
 
 
@@ -63,8 +62,7 @@ def shares(text):
 @dataclass
 class Settings(settings.Settings):
     NAME = "ebm-{data}-d{dim}-{sampler}"
-    data: str = setting("mixture", "density, see densities.py",
-                        choices=("mixture", "gmm40", "sine", "swirl", "checkerboard"))
+    data: str = setting("mixture", "density, see densities.py", choices=("mixture", "gmm40", *TOYS))
     dim: int = setting(2, "dimension of the mixture or of gmm40", least=2)
     weights: shares = setting((0.1, 0.2, 0.3, 0.4), "of the modes, as in 1,2,3,4", of=("mixture",))
     distance: float = setting(10.0, "between neighbouring modes, in standard deviations", above=0, of=("mixture",))
@@ -74,8 +72,7 @@ class Settings(settings.Settings):
                          choices=("equal", "data"), of=("mixture", "gmm40"))
     replicas: int = setting(8, "temperatures, from 1 to --hottest in equal ratios", least=2, of=("tempering",))
     hottest: float = setting(10.0, "highest temperature", above=1, of=("tempering",))
-    base: str = setting("gaussian", "the density that exp(-f) tilts: none, or one fitted to the data",
-                        choices=("none", "gaussian", "flow"))
+    base: str = setting("gaussian", "what exp(-f) tilts, fitted to the data", choices=("none", "gaussian", "flow"))
     adjusted: bool = setting(True, "accept or reject Langevin steps (Metropolis)", of=("flow", "langevin", "short"))
     steps: int = setting(50, "updates of θ and of α in an epoch", above=0)
     chains: int = setting(1000, "Markov chains", above=0)
@@ -105,8 +102,7 @@ def train(s, device):
     flow_optimizer = torch.optim.Adam(trainable(model.flow), fused=True) if model.flow else None  # α
 
     parts = {"model": model, "averaged": averaged, "optimizer": optimizer, "flow_optimizer": flow_optimizer}
-    parts = {name: part for name, part in parts.items() if part}
-    run = Run(s, parts)
+    run = Run(s, {name: part for name, part in parts.items() if part})
     if run.state["epoch"] < 0:
         if "flow" in (s.sampler, s.base):
             start_from(s, model, fit_flow(s, data, device))
@@ -143,9 +139,9 @@ def train(s, device):
     figures = truth.figures(averaged, chains[0], "test")
     run.finish(figures | mixing(s, lambda x: move(s, averaged, x, step_size), chains, truth))
     if figures["test_nll"] is None:
-        print("warning: no Z, NLL, KL or weights: p_θ lies elsewhere than the points around the true modes, whose "
-              f"effective sample size is {figures['ess']:.2%} of their number", file=sys.stderr)
-    plots.save(s.out / "density.png", plots.ebm(averaged, truth, chains[0]))
+        print("warning: no Z, NLL, KL or weights: p_θ lies elsewhere than the true modes, the ESS of the points around "
+              f"them is {figures['ess']:.2%}", file=sys.stderr)
+    plots.save(s.out / "density.png", plots.ebm(averaged, truth, chains[0], figures["log_z"]))
     if truth.modes:
         plots.save(s.out / "mode_weights.png", plots.mode_weights(run.metrics, data))
 
@@ -156,7 +152,7 @@ def step(s, model, chains, step_size, x, optimizer, flow_optimizer):
     figures = follow(losses.sml(model.energy, x, chains[0]), optimizer)
     figures += follow(losses.ml(model.flow.log_prob, chains[0]), flow_optimizer) if model.flow else [None, None]
     figures += [None if rate is None else rate.mean() for rate in (report.acceptance, report.global_acceptance)]
-    if s.adjusted:  # θ changes while the chains run, and the best step size with it; see sampling.tune
+    if s.adjusted:  # θ changes while the chains run, and the best step size with it
         step_size = adapted(step_size, report)
     return chains, step_size, {name: figure for name, figure in zip(FIGURES, figures) if figure is not None}
 
@@ -171,8 +167,8 @@ def move(s, model, chains, step_size):
 
 
 def adapted(step_size, report):
-    """The step size after a round, a little closer to the one that Langevin accepts with TARGET.   (T,) -> (T,)"""
-    return step_size * (0.05 * (report.acceptance.mean(-1) - TARGET)).exp()
+    """The step size after a round, a little closer to an acceptance of 0.574, see sampling.tune.   (T,) -> (T,)"""
+    return step_size * (0.05 * (report.acceptance.mean(-1) - 0.574)).exp()
 
 
 def ladder(s, device):

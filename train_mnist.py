@@ -4,12 +4,12 @@
 
 One run fills one directory: curves.png, samples.png, metrics.jsonl, config.json, and checkpoint.pt, from which
 --resume continues. NLL is that of images in [0, 256)^D, in nats; bits/dim = NLL / (D ln 2). The validation split
-decides which epoch is kept, and the test split is read once, at the end.
+decides which epoch is kept. The test split is read at the end, and before steps of sml.
 """
 
 import copy
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -26,10 +26,12 @@ from support.optimization import cosine, trainable, update_average
 from support.run import Run, RunError, one_line_errors, read_checkpoint
 from support.settings import setting
 
+MATCHING = ("ssm", "dsm", "fdssm")
+
 
 @dataclass
 class Settings(settings.Settings):
-    """One line says default, meaning, range or choices, and what has the setting; recipes.py changes the defaults."""
+    """A line has default, meaning, range or choices, and what uses the setting; recipes.py changes the defaults."""
     NAME = "mnist-{arch}-{loss}"
     loss: str = setting("dsm", "objective, see losses.py", choices=OBJECTIVES)
     arch: str = setting("fc", "architecture, see ebflow.py", choices=("fc", "cnn", "glow"))
@@ -42,11 +44,12 @@ class Settings(settings.Settings):
     weight_decay: float = setting(0.0, "L2 penalty, as the optimiser applies it", least=0)
     schedule: str = setting("cosine", "of the learning rate; steps as published", choices=("cosine", "steps"))
     decay: float = setting(0.95, "factor after each of the first 49 epochs", above=0, most=1, of=("steps",))
-    clip: float = setting(0.0, "largest norm of the gradient; 0: any", least=0)
+    clip: float = setting(0.0, "largest norm of the gradient; 0: no clipping", least=0)
     s: float = setting(1.0, "scale of the logits: z = logit(x / 256) / s", above=0)
-    normalize: str = setting("center", "ours: raw logits; mean 0; mean 0 and variance 1; mean 0 and covariance I",
+    normalize: str = setting("center", "raw logits as published; ours: mean 0; and variance 1; and covariance I",
                              choices=("none", "center", "scale", "whiten"))
     diagonal: float = setting(1.0, "weights start at diagonal · I", of=("fc", "cnn"))
+    ratio: float = setting(1.0, "ours: W₂ starts at this multiple of W₁, and so learns more slowly", of=("fc",))
     bias: float = setting(0.0, "biases start at this, a CNN's at random with this times Xavier's std", of=("fc", "cnn"))
     bend: float = setting(0.0, "ours: the activation bends at -bend and is 0 at 0; None in --paper", of=("fc", "cnn"))
     actnorm: str = setting("none", "last layer: none, or an actnorm, trained, (ours) at the moments of its input, or "
@@ -55,10 +58,12 @@ class Settings(settings.Settings):
     depth: int = setting(4, "steps of a block; 16 as published", above=0, of=("glow",))
     floor: float = setting(0.0, "ours: smallest scale of a coupling; 0: none", least=0, below=1, of=("glow",))
     coupling: str = setting("sigmoid", "its scale; tanh as published", choices=("sigmoid", "tanh"), of=("glow",))
-    model_samples: int = setting(100, "samples of the model in a step", above=0, of=("sml",))
-    sigma: float = setting(0.4, "dsm's σ; ours: noise for ssm and fdssm, too", least=0, of=("ssm", "dsm", "fdssm"))
+    model_samples: int = setting(100, "samples of the model in a step of sml", above=0, of=("sml", *MATCHING))
+    sml_steps: int = setting(0, "ours: steps of sml after the epochs; 0: none", least=0, of=MATCHING)
+    sml_lr: float = setting(5e-4, "their learning rate", above=0, of=MATCHING)
+    sigma: float = setting(0.4, "dsm's σ; ours: noise for ssm and fdssm, too", least=0, of=MATCHING)
     xi: float = setting(1.0, "length ξ of the finite difference", above=0, of=("fdssm",))
-    energy_weight: float = setting(0.0, "λ of an added λ E(z); published for Glow", least=0, of=("ssm", "dsm", "fdssm"))
+    energy_weight: float = setting(0.0, "λ of an added λ E(z); published for Glow", least=0, of=MATCHING)
     compile: bool = setting(False, "torch.compile the gradient", decides=False)
 
     def recipe(self):
@@ -82,21 +87,27 @@ def train(s, device, rank=0, size=1):
     run = Run(s, parts, images=[*splits[0].shape], sha256=digest(splits), processes=size)
     print(model, flush=True)
     best = run.state.get("best", {"epoch": 0, "val_nll": math.inf, "model": {}})
-    for epoch in range(run.state["epoch"] + 1, s.epochs + 1):          # epoch 0 shows what the start alone is worth
+    for epoch in range(run.state["epoch"] + 1, s.epochs + 1 + (s.sml_steps > 0)):  # 0 shows what the start is worth
         torch.manual_seed(1_000_003 * s.seed + epoch + (rank << 24))   # a resumed run has no generator to restore
         order = processes.agreed(torch.randperm(len(train_set), device=device))
         batches = order[:steps * s.batch_size].view(steps, s.batch_size)[:, rank::size] if epoch else ()
-        for i, index in enumerate(run.watch(epoch, batches)):
-            n = (epoch - 1) * steps + i                                # steps before this one
-            factor = cosine(n / (s.epochs * steps)) if s.schedule == "cosine" else s.decay ** min(epoch - 1, 49)
-            optimizer.param_groups[0]["lr"] = s.lr * factor
+        phase, first, before = s, (epoch - 1) * steps, {}              # first: the steps before this epoch
+        if epoch > s.epochs:  # ours: score matching does not see how much mass lies elsewhere, samples of the model do
+            model.load_state_dict(best["model"])
+            before = evaluate("before_sml_test", model, test_set)
+            phase = replace(s, loss="sml", lr=s.sml_lr, schedule="steps", decay=1.0, energy_weight=0.0)
+            first, batches = 0, batches.repeat(1 + s.sml_steps // steps, 1)[:s.sml_steps]
+            step, optimizer = make_step(phase, pre, flow, model, averaged)
+        for n, index in enumerate(run.watch(epoch, batches), first):
+            optimizer.param_groups[0]["lr"] = learning_rate(phase, n, steps)
             run.record(step(train_set[index], n))
 
         evaluated = copy.deepcopy(averaged if s.ema else model)
         if s.actnorm == "moments":                                     # ours: clean images; training saw noisy ones
             torch.manual_seed(0)
             track_moments(evaluated, dequantize(train_set[:5000]).view(-1, *model.shape))
-        row = {"epoch": epoch, "step": epoch * steps, "loss": None} | run.means
+        done = run.metrics[-1]["step"] if run.metrics else 0
+        row = {"epoch": epoch, "step": done + len(batches), "loss": None} | run.means | before
         row |= evaluate("val", evaluated, val_set)                     # exact, with log Z
         if epoch and row["val_nll"] < best["val_nll"]:
             best = {"epoch": epoch, "val_nll": row["val_nll"], "model": evaluated.state_dict()}
@@ -106,9 +117,18 @@ def train(s, device, rank=0, size=1):
     test = {"best_epoch": best["epoch"], "best_val_nll": best["val_nll"]} | evaluate("test", model, test_set)
     torch.manual_seed(0)
     samples = model.sample(64).view(64, *splits[0].shape[1:])
+    if s.sml_steps:
+        seconds = [row["seconds"] for row in run.metrics[-2:]]
+        test |= {"sml_steps": s.sml_steps, "sml_share_of_time": 1 - seconds[0] / seconds[1],
+                 "sml_kept": best["epoch"] > s.epochs}                 # if the validation NLL fell
     run.finish(test)
     plots.save(s.out / "curves.png", plots.curves(run.metrics, s.loss))
     plots.save(s.out / "samples.png", plots.mosaic(samples))
+
+
+def learning_rate(s, n, steps):
+    """The learning rate of step n = 0, 1, …, of which an epoch has `steps`."""
+    return s.lr * (cosine(n / (s.epochs * steps)) if s.schedule == "cosine" else s.decay ** min(n // steps, 49))
 
 
 def make_step(s, pre, flow, model, averaged):
@@ -186,7 +206,7 @@ def preprocessing(s, image):
 
 def architecture(s, image):
     if s.arch == "fc":
-        flow = fc_flow(math.prod(image), diagonal=s.diagonal, bias=s.bias, bend=s.bend)
+        flow = fc_flow(math.prod(image), diagonal=s.diagonal, ratio=s.ratio, bias=s.bias, bend=s.bend)
     elif s.arch == "cnn":
         flow = cnn_flow(image, diagonal=s.diagonal, bias=s.bias, bend=s.bend)
     else:

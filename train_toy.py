@@ -6,8 +6,7 @@ Both divergences are means over fresh points x of the truth p, so they need no e
 
     KL(p‖p_θ) = E_p[ log p(x) - log p_θ(x) ]          Fisher(p‖p_θ) = ½ E_p[ ‖∇log p(x) - ∇log p_θ(x)‖² ]
 
-One run fills one directory: density.png, curves.png, metrics.jsonl, config.json, and checkpoint.pt, from which
---resume continues.
+One run fills one directory: density.png, curves.png, metrics.jsonl, config.json, and checkpoint.pt for --resume.
 """
 
 import copy
@@ -35,7 +34,7 @@ RECIPES = {"ssm": MATCHING, "dsm": MATCHING | dict(anneal=0.7, plateau=0.5), "fd
 class Settings(settings.Settings):
     NAME = "toy-{data}-{loss}"
     loss: str = setting("dsm", "objective, see losses.py", choices=OBJECTIVES)
-    data: str = setting("swirl", "density, see densities.py", choices=("sine", "swirl", "checkerboard"))
+    data: str = setting("swirl", "density, see densities.py", choices=TOYS)
     steps: int = setting(250, "steps of an epoch", above=0)
     batch_size: int = setting(512, "fresh points in a step", above=0)
     lr: float = setting(3e-3, "highest learning rate", above=0)
@@ -131,8 +130,7 @@ def truth(toy, n, seed, device):
 @torch.no_grad()
 def divergences(split, model, x, log_prob, score):
     """NLL and KL in nats, and the Fisher divergence. The last two have standard errors."""
-    model_log_prob = torch.cat([model.log_prob(batch) for batch in x.split(5000)])
-    model_score = torch.cat([model.score(batch) for batch in x.split(5000)])
+    model_log_prob, model_score = (torch.cat([f(b) for b in x.split(5000)]) for f in (model.log_prob, model.score))
     kl = (log_prob - model_log_prob).double()
     fisher = 0.5 * (score - model_score).double().square().sum(1)
     row = {f"{split}_nll": -model_log_prob.mean().item()}

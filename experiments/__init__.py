@@ -1,47 +1,43 @@
-"""What the experiments share: kinds of flags, the machine in words, and files of results, written after every run."""
+"""What the experiments share: flags, training runs and files of results that go on where they stopped, and panels."""
 
 import argparse
-import contextlib
 import json
-import os
 import platform
 import sys
 from pathlib import Path
 
 import torch
+from matplotlib.figure import Figure
 
 from support import settings
 from support.run import RunError, write
 
 
-def at_least(least, kind=int):
-    """The type of a flag: a number from `least` to a billion."""
-    def number(text):
-        value = kind(text)
-        if not least <= value <= 10**9:
-            raise argparse.ArgumentTypeError(f"must lie between {least} and a billion, not {value}")
-        return value
-    number.__name__ = kind.__name__  # argparse names it where the text is no number
-    return number
-
-
 def folder(text):
     """The type of --results. The folder is made before the work, so that nothing is lost after it.   -> Path"""
-    path = Path(text)
     try:
-        path.mkdir(parents=True, exist_ok=True)
+        Path(text).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
-    if not os.access(path, os.W_OK):
-        raise argparse.ArgumentTypeError(f"cannot write to {path}")
-    return path
+    return Path(text)
+
+
+FLAGS = {"--results": dict(type=folder, default="results"), "--runs": dict(type=Path, default=Path("runs")),
+         "--device": dict(choices=["auto", "cpu", "cuda"], default="auto"),
+         "--seeds": dict(type=int, default=3, choices=range(1, 6), help="the number of seeds")}
+
+
+def command_line(doc, *flags, passes=None):
+    """The parser of an experiment with this docstring, with those of FLAGS. Other flags it `passes` to a script."""
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0], allow_abbrev=False,
+                                     epilog=passes and f"Other flags go to {passes}.")
+    for flag in flags:
+        parser.add_argument(flag, **FLAGS[flag])
+    return parser
 
 
 def passed_on(kind, own, flags):
-    """The settings of a run by the experiment's own flags and those that the user passes on.   -> settings
-
-    Exits with one line where the user changes one of the experiment's own.
-    """
+    """The settings by the experiment's own flags and by the user's, which may not change them.   -> settings"""
     s, alone = settings.parse(kind, [*own, *flags]), settings.parse(kind, own)
     for flag in own:
         name = flag.removeprefix("--").removeprefix("no-").replace("-", "_")
@@ -50,10 +46,12 @@ def passed_on(kind, own, flags):
     return s
 
 
-def machine():
-    """What the figures of an experiment were measured on, in words."""
-    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
-    return f"{platform.machine()}, {torch.get_num_threads()} threads{gpu}, torch {torch.__version__}"
+def trained(script, own, out, flags):
+    """Trains by a script, or continues a run that was stopped.   -> its settings, and the rows of its metrics"""
+    own = [*own, "--out", str(out)]
+    s = passed_on(script.Settings, own, flags)
+    script.main([*own, *flags, *["--resume"] * (out / "checkpoint.pt").exists()])
+    return s, read_metrics(out)
 
 
 def read_metrics(directory):
@@ -61,30 +59,10 @@ def read_metrics(directory):
     return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
 
 
-def recorded(path, **identity):
-    """The results in the file: a dict of the identity, the machine, and "runs" by name, which is empty without a file.
-
-    Raises RunError where the file is damaged, or where its identity or machine is another one.
-    """
-    new = json.loads(json.dumps(identity)) | {"machine": machine(), "runs": {}}  # lists for tuples, as in the file
-    with intact(path):
-        result = json.loads(path.read_text()) if path.exists() else new
-        different = [f"{key} is {result[key]!r} there and {new[key]!r} here"
-                     for key in new if key != "runs" and result[key] != new[key]]
-        if not all(result["runs"].values()):
-            raise ValueError
-    if different:
-        raise RunError(f"{path} is of another run: {', '.join(different)}; move it away, or name another --results")
-    return result
-
-
-@contextlib.contextmanager
-def intact(path):
-    """Around what reads a file of results. Raises RunError where it does not hold what it should."""
-    try:
-        yield
-    except (ValueError, LookupError, TypeError, AttributeError):
-        raise RunError(f"{path} is damaged, or no results of this experiment: move it away") from None
+def machine():
+    """What the figures of an experiment were measured on, in words."""
+    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    return f"{platform.machine()}, {torch.get_num_threads()} threads{gpu}, torch {torch.__version__}"
 
 
 def record(path, result):
@@ -92,9 +70,42 @@ def record(path, result):
     write(path, (json.dumps(result, indent=1) + "\n").encode())
 
 
-def described(report):
-    """A report of sampling.py in words."""
-    rates = {"acceptance": report.acceptance, "global acceptance": report.global_acceptance}
-    return f"step size {report.step_size:.3g}" + "".join(
-        f", {name} {rate.mean():.3f} ({rate.min():.3f} to {rate.max():.3f} by chain)"
-        for name, rate in rates.items() if rate is not None)
+def completed(path, jobs, **identity):
+    """Runs the jobs whose results are not in the file yet, and writes it after each.   -> all results, by name
+
+    jobs  {name: () -> dict or list}. Raises RunError where the file is of another identity or machine.
+    """
+    new = json.loads(json.dumps(identity)) | {"machine": machine(), "runs": {}}  # lists for tuples, as in the file
+    result = json.loads(path.read_text()) if path.exists() else new
+    different = [f"{key} is {result[key]!r} there and {new[key]!r} here"
+                 for key in new if key != "runs" and result[key] != new[key]]
+    if different:
+        raise RunError(f"{path} is of another run: {', '.join(different)}; move it away, or name another --results")
+    for name, job in jobs.items():
+        if name not in result["runs"]:
+            print(name, flush=True)
+            result["runs"][name] = job()
+            record(path, result)
+    return result["runs"]
+
+
+def panels(rows, columns, width, height, **more):
+    """A figure of this size in inches, and its axes (rows, columns), each with a grid."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False, **more)
+    for one in axes.flat:
+        one.grid(alpha=0.3)
+    return figure, axes
+
+
+def sheet(images, shape, across=(), down=()):
+    """Images in a grid, with words above its columns and beside its rows.   (rows, columns, …) -> figure"""
+    rows, columns, (C, H, W) = *images.shape[:2], shape
+    figure = Figure(figsize=(0.5 * columns + 1.5 * bool(down), 0.52 * rows + 0.3 * bool(across)), layout="constrained")
+    axes = figure.subplots()
+    pixels = images.view(rows, columns, C, H, W).permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)  # (rows H, …, C)
+    axes.imshow(pixels.clamp(0, 256).numpy() / 256, cmap="gray", vmin=0, vmax=1)
+    axes.set_xticks([W * (i + 0.5) for i in range(len(across))], across, fontsize="xx-small")
+    axes.set_yticks([H * (i + 0.5) for i in range(len(down))], down, fontsize="small")
+    axes.tick_params(length=0, top=True, labeltop=True, bottom=False, labelbottom=False)
+    return figure

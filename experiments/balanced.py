@@ -11,21 +11,19 @@ learnt mode weights against training steps, and results/ebm-density.png, the den
 docs/results.md. Source: Grenioux, Moulines, Gabrié (2023), the experiments on Gaussian mixtures.
 """
 
-import argparse
-import math
 import re
 import statistics
 from dataclasses import replace
+from functools import partial
 from itertools import groupby, product
-from pathlib import Path
+from math import inf
 from types import SimpleNamespace
 
 import torch
-from matplotlib.figure import Figure
 
 import train_ebm
 from densities import mixture
-from experiments import at_least, folder, passed_on, read_metrics, record, recorded
+from experiments import command_line, completed, panels, passed_on, trained
 from judge import Truth, total_variation
 from support import plots
 from support.run import one_line_errors, read_checkpoint
@@ -41,34 +39,29 @@ CELLS = {
     "short, 100 unadjusted steps": "--sampler short --local-steps 100 --no-adjusted",
 }
 SHOWN = ("flow", "tempering", "langevin", "short")  # in the pictures
-KEPT = ("test_nll", "entropy", "test_kl", "test_kl_se", "weights", "tv", "tv_se", "draws", "draws_tv", "log_z",
-        "log_z_se", "ess", "flow_log_z", "flow_log_z_se", "flow_ess", "acceptance", "global_acceptance", "crossings",
-        "autocorrelation_time", "followed", "seconds", "evaluations", "tv_by_step", "stopped")
 
 
-def train(cell, s, argv):
-    """One run of a cell.   -> dict for the table; "stopped" says why training broke down, if it did"""
+def train(dim, cell, seed, s, own, flags):
+    """One run of a cell.   -> dict for the table"""
+    row = {"dim": dim, "cell": cell, "seed": seed}
     if CELLS[cell] is None:
-        return flow_alone(s)
-    row = {}
-    try:
-        train_ebm.main([*argv, *["--resume"] * (s.out / "checkpoint.pt").exists()])
-    except SystemExit as stop:
-        if not re.search(r"(at|after) epoch \d", str(stop.code)):
-            raise
-        print(stop.code)  # training broke down, which is a result
-        row["stopped"] = stop.code
-    metrics = read_metrics(s.out)
+        return row | flow_alone(s)
+    _, metrics = trained(train_ebm, own, s.out, flags)
     if cell in SHOWN:
         row["tv_by_step"] = [[m["step"], round(m["tv"], 5)] for m in metrics if m["tv"] is not None]
     return row | metrics[-1] | {"evaluations": evaluations(s)}
 
 
+def fit(s, data, updates=0):
+    """A flow by maximum likelihood on the data, with so many updates after those that its model begins with."""
+    torch.manual_seed(s.seed)
+    return train_ebm.fit_flow(replace(s, start_steps=s.start_steps + updates), data, "cpu")
+
+
 def flow_alone(s):
     """The figures of the flow by maximum likelihood, after as many updates.   -> dict"""
     data = train_ebm.density(s)
-    torch.manual_seed(s.seed)
-    flow = train_ebm.fit_flow(replace(s, start_steps=s.start_steps + s.epochs * s.steps), data, "cpu")
+    flow = fit(s, data, s.epochs * s.steps)
     model = SimpleNamespace(energy=lambda x: -flow.log_prob(x), flow=None)
     row = Truth(data, 5 * s.test_points, s.dim, "cpu").figures(model, flow.sample(s.test_points), "test")
     return row | {"draws": row["chains"], "draws_tv": total_variation(torch.tensor(row["chains"]), data.weights)}
@@ -84,8 +77,6 @@ def evaluations(s):
     return sum(rows) / len(x)
 
 
-# ---- Table and figures -----------------------------------------------------------------------------------------------
-
 def rows(runs):
     """The table of docs/results.md: a figure for each seed, "elsewhere" where p_θ has no mass around the true modes."""
     ordered = sorted(runs.values(), key=lambda row: (row["dim"], [*CELLS].index(row["cell"]), row["seed"]))
@@ -93,15 +84,13 @@ def rows(runs):
         seeds = [*seeds]
 
         def each(key, form):
-            return ", ".join("broke down" if "stopped" in row else "elsewhere" if row.get(key) is None else
-                             format(row[key], form) for row in seeds)
+            return ", ".join("elsewhere" if row.get(key) is None else format(row[key], form) for row in seeds)
 
         def over(key, form, reduce=statistics.mean):
             known = [row[key] for row in seeds if row.get(key) is not None]
             return format(reduce(known), form) if known else "–"
 
-        followed = [row for row in seeds if "followed" in row]
-        unseen = any(50 * (row["autocorrelation_time"] or math.inf) > row["followed"] for row in followed)
+        unseen = any(row.get("followed", inf) < 50 * (row.get("autocorrelation_time") or inf) for row in seeds)
         tau = "too long to see" if unseen else over("autocorrelation_time", ".0f")
         yield (f"| {dim} | {cell} | {each('tv', '.4f')} | {over('tv_se', '.4f', max)} | {each('draws_tv', '.3f')} | "
                f"{each('test_kl', '.3f')} | {over('test_kl_se', '.3f')} | {over('global_acceptance', '.2f')} | "
@@ -111,72 +100,58 @@ def rows(runs):
 def curves(runs):
     """The total variation between true and learnt mode weights against training steps: a panel for each dimension."""
     dims = sorted({row["dim"] for row in runs.values()})
-    figure = Figure(figsize=(1.2 + 2.4 * len(dims), 3.2), layout="constrained")
-    panels = figure.subplots(1, len(dims), sharey=True, squeeze=False)[0]
-    for axes, dim in zip(panels, dims):
+    figure, [row_of_axes] = panels(1, len(dims), 1.2 + 2.4 * len(dims), 3.2, sharey=True)
+    for axes, dim in zip(row_of_axes, dims):
         for i, cell in enumerate(SHOWN):
             axes.plot([], [], color=f"C{i}", label=cell)
             for row in runs.values():
                 if (row["dim"], row["cell"]) == (dim, cell):
                     axes.plot(*zip(*row["tv_by_step"]), color=f"C{i}", lw=1.2, alpha=0.8)
         axes.set(xlabel="training steps", title=f"{dim} dimensions", yscale="log", ylim=(5e-4, 1))
-        axes.grid(alpha=0.3)
-    panels[0].set_ylabel("total variation of mode weights")
-    panels[0].legend(fontsize="small")
+    row_of_axes[0].set_ylabel("total variation of mode weights")
+    row_of_axes[0].legend(fontsize="small")
     return figure
 
 
 @torch.no_grad()
-def planes(rows, checkpoints):
-    """In the plane: the truth, the flow, and the model that each sampler led to.   rows, checkpoints: by cell"""
+def planes(runs, checkpoints):
+    """In the plane: the truth, the flow, and the model that each sampler led to.   checkpoints {cell: path}"""
     data = mixture(2)
     x = data.sample(5000)
     log_probs = {"truth": data.log_prob}
-    for cell, row in rows.items():
-        checkpoint = read_checkpoint(checkpoints[cell])
+    for cell, path in checkpoints.items():
+        row, checkpoint = runs[f"2 {cell} 0"], read_checkpoint(path)
         model = train_ebm.make_model(train_ebm.Settings(**checkpoint["config"]), x)
         model.load_state_dict(checkpoint["state"]["averaged"])
         if cell == "flow":
             log_probs["flow: the proposals q_α"] = model.flow.log_prob
         log_probs[f"{cell}: p_θ, total variation {row['tv']:.3f}"] = (
             lambda x, energy=model.energy, log_z=row["log_z"]: -energy(x) - log_z)
-    figure = Figure(figsize=(3.2 * len(log_probs), 3.5), layout="constrained")
-    for axes, (title, log_prob) in zip(figure.subplots(1, len(log_probs)), log_probs.items()):
+    figure, [row_of_axes] = panels(1, len(log_probs), 3.2 * len(log_probs), 3.5)
+    for axes, (title, log_prob) in zip(row_of_axes, log_probs.items()):
         plots.image(axes, lambda x: log_prob(x).exp(), x, vmin=0, vmax=data.log_prob(x).max().exp().item())
         axes.set_title(title, fontsize="medium")
     return figure
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog="Other flags go to train_ebm.py.")
-    parser.add_argument("--dims", type=at_least(2), nargs="+", default=[2, 8, 16, 32, 64])
-    parser.add_argument("--seeds", type=at_least(0), nargs="+", default=[0, 1, 2])
+    parser = command_line(__doc__, "--runs", "--results", passes="train_ebm.py")
+    parser.add_argument("--dims", type=int, nargs="+", default=[2, 8, 16, 32, 64])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--cells", nargs="+", choices=CELLS, default=[*CELLS])
-    parser.add_argument("--runs", type=Path, default=Path("runs"))
-    parser.add_argument("--results", type=folder, default="results")
     a, flags = parser.parse_known_args(argv)
     jobs = {}
     for seed, dim, cell in product(a.seeds, a.dims, a.cells):
         out = a.runs / re.sub(r"\W+", "-", f"balanced d{dim} {cell} seed{seed}")
-        own = [*f"--data mixture --dim {dim} --seed {seed} {CELLS[cell] or ''}".split(), "--out", str(out)]
-        at = {"dim": dim, "cell": cell, "seed": seed}
-        jobs[f"{dim} {cell} {seed}"] = at, passed_on(train_ebm.Settings, own, flags), [*own, *flags]
-
-    path = a.results / "balanced.json"
+        own = f"--data mixture --dim {dim} --seed {seed} {CELLS[cell] or ''}".split()
+        s = passed_on(train_ebm.Settings, [*own, "--out", str(out)], flags)
+        jobs[f"{dim} {cell} {seed}"] = partial(train, dim, cell, seed, s, own, flags)
     with one_line_errors(torch.linalg.LinAlgError):
-        result = recorded(path, command="python -m experiments.balanced", flags=flags)
-        runs = result["runs"]
-        for name, (at, s, argv) in jobs.items():
-            if name not in runs:
-                row = train(at["cell"], s, argv)
-                runs[name] = at | {key: row[key] for key in KEPT if key in row}
-                record(path, result)
+        runs = completed(a.results / "balanced.json", jobs, command="python -m experiments.balanced", flags=flags)
         plots.save(a.results / "ebm-weights.png", curves(runs))
-        shown = {cell: runs.get(f"2 {cell} 0", {}) for cell in SHOWN}
-        checkpoints = {cell: a.runs / f"balanced-d2-{cell}-seed0" / "checkpoint.pt" for cell in SHOWN}
-        if all(row.get("tv") is not None for row in shown.values()) and all(
-                checkpoint.exists() for checkpoint in checkpoints.values()):
-            plots.save(a.results / "ebm-density.png", planes(shown, checkpoints))
+        shown = {cell: a.runs / f"balanced-d2-{cell}-seed0" / "checkpoint.pt" for cell in SHOWN}
+        if all(path.exists() and runs.get(f"2 {cell} 0", {}).get("tv") is not None for cell, path in shown.items()):
+            plots.save(a.results / "ebm-density.png", planes(runs, shown))
         print(*rows(runs), sep="\n")
 
 

@@ -15,20 +15,16 @@ The relative variance of the importance weights w = p_u(Wx) / q(x) grows exponen
 
     Var[w] / E[w]² = Π λ_i / √(2λ_i - 1) - 1,      infinite as soon as one λ_i ≤ ½
 
-The experiment takes a minute and a half on one core. It writes results/determinant.png and results/determinant.json.
-Source: Chao et al. (2023), the estimate of Z by importance sampling; the variance is a Gaussian integral.
+Writes results/determinant.png and .json, and prints the errors, of which docs/results.md shows some (90 seconds on one
+core). Source: Chao et al. (2023), the estimate of Z by importance sampling; the variance is a Gaussian integral.
 """
 
-import argparse
 import math
-from itertools import product
 
 import torch
-from matplotlib.figure import Figure
-from tqdm import tqdm
 
 from ebflow import EBFlow
-from experiments import at_least, folder, machine, record
+from experiments import command_line, machine, panels, record
 from layers import FullyConnected
 from sampling import estimate_log_z
 from support import plots
@@ -64,7 +60,7 @@ def fitted(W, steps=1500, batch_size=256, lr=0.02):
     return L.detach()
 
 
-REPEATS = 20
+DIMS, DIM, REPEATS = [2, 4, 8, 16, 32, 64, 128, 256, 512], 64, 20  # DIM is D of the figure against draws
 PROPOSALS = {"isotropic": lambda W: W.norm() * len(W)**-0.5 * torch.eye(len(W)).to(W),
              "diagonal": lambda W: W.norm(dim=0).diag(), "fitted": fitted}
 
@@ -78,19 +74,18 @@ def relative_variance(W, L):
 
 
 def measure(D, name, samples, c=0.3):
-    """The error of log|det W| for each number of draws, over REPEATS estimates.   -> [a row of the results]"""
+    """The error of log|det W| for each number of draws, over REPEATS estimates.   -> rows of the results"""
     torch.manual_seed(0)
     layer = FullyConnected(D).double().requires_grad_(False)
     layer.weight += c / math.sqrt(D) * torch.randn(D, D, dtype=torch.float64)
     q = Gaussian(PROPOSALS[name](layer.weight))
     energy, exact = EBFlow([layer], (D,)).energy, layer.log_abs_det((D,)).item()
-    variance, rows = relative_variance(layer.weight, q.L), []
+    variance = relative_variance(layer.weight, q.L)
     for n in samples:
         errors = torch.tensor([-estimate_log_z(energy, q, n).log_z - exact for _ in range(REPEATS)])
-        rows.append({"D": D, "c": c, "q": name, "samples": n, "exact": exact, "bias": errors.mean().item(),
-                     "rmse": errors.square().mean().sqrt().item(),
-                     "relative_variance": variance if variance < math.inf else None})
-    return rows
+        yield {"D": D, "c": c, "q": name, "samples": n, "exact": exact, "bias": errors.mean().item(),
+               "rmse": errors.square().mean().sqrt().item(),
+               "relative_variance": variance if variance < math.inf else None}
 
 
 def predicted(row):
@@ -100,15 +95,13 @@ def predicted(row):
 
 def picture(by_samples, by_dimension):
     """The error against draws and against D, a line for each q."""
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    left, right = figure.subplots(1, 2, sharey=True)
+    figure, [[left, right]] = panels(1, 2, 9, 3.6, sharey=True)
     for axes, rows, key in ((left, by_samples, "samples"), (right, by_dimension, "D")):
         for i, name in enumerate(PROPOSALS):
             own = [row for row in rows if row["q"] == name]
             x = [row[key] for row in own]
             axes.loglog(x, [row["rmse"] for row in own], "o-", color=f"C{i}", ms=4, label=name)
             axes.loglog(x, [predicted(row) or math.nan for row in own], ":", color=f"C{i}")
-        axes.grid(alpha=0.3)
     D, n, c = by_samples[0]["D"], by_dimension[0]["samples"], by_samples[0]["c"]
     left.set(xlabel="draws", ylabel="error of log|det W| (nats)", title=f"D = {D}, W = I + {c:g} G/√D",
              ylim=(1e-4, 2 * max(row["rmse"] for row in by_dimension)))
@@ -118,15 +111,10 @@ def picture(by_samples, by_dimension):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--dims", type=at_least(1), nargs="+", default=[2, 4, 8, 16, 32, 64, 128, 256, 512])
-    parser.add_argument("--dim", type=at_least(1), default=64, help="D of the figure against draws")
-    parser.add_argument("--results", type=folder, default="results")
-    a = parser.parse_args(argv)
+    a = command_line(__doc__, "--results").parse_args(argv)
     with one_line_errors():
-        by_samples = [row for name in PROPOSALS for row in measure(a.dim, name, [100, 300, 1000, 3000, 10_000, 30_000])]
-        by_dimension = [row for name, D in tqdm([*product(PROPOSALS, sorted(a.dims))], disable=None)
-                        for row in measure(D, name, [10_000])]
+        by_samples = [row for name in PROPOSALS for row in measure(DIM, name, [100, 300, 1000, 3000, 10_000, 30_000])]
+        by_dimension = [row for name in PROPOSALS for D in DIMS for row in measure(D, name, [10_000])]
         plots.save(a.results / "determinant.png", picture(by_samples, by_dimension))
         record(a.results / "determinant.json", {
             "command": "python -m experiments.determinant", "machine": machine(), "repeats": REPEATS,

@@ -3,8 +3,8 @@
     python -m experiments.rivals             validation NLL against time
     python -m experiments.rivals --race      time until one level of it, against D
 
-Each method trains the two-layer flow of `train_mnist.py`. Let x (B, D) be the batch at the input of a layer, and δ
-(B, D) the gradient of the loss at its output xWᵀ + b:
+Each method trains the two-layer flow of `train_mnist.py`. Let x (B, D) be the batch that enters a layer, and δ (B, D)
+the gradient of the loss at its output xWᵀ + b:
 
     ml        exact: the gradient of W is δᵀx - W^{-T}, O(D³)
     relative  that times WᵀW from the right, δᵀ(xWᵀW) - W, all of it O(BD²)   (Gresele et al. 2020)
@@ -12,40 +12,38 @@ Each method trains the two-layer flow of `train_mnist.py`. Let x (B, D) be the b
               ½(Wᵀ - (δW)ᵀ(xWᵀ)), and λ E‖R(Wx) - x‖², with x held constant, ties the two together (Keller et al. 2021)
     ssm, dsm  as in `losses.py`
 
-A run of the comparison has 1,500 steps from centred pixels or from whitened ones; the time to whiten counts. In the
-race an image is n MNIST digits beside each other, drawn at random for every batch, so D = 784 n. Its entropy per digit
-is that of a digit alone, so the level is the same for all D. Each run starts from two matrices I on centred pixels and
-a last actnorm, which every tenth step is set so that its output has mean 0 and variance 1.
+The comparison starts from centred pixels or from whitened ones; the time to whiten counts. In the race an image is n
+MNIST digits beside each other, drawn at random for every batch, so D = 784 n. Its entropy per digit is that of a digit
+alone, so the level is the same for all D. Each run starts from centred pixels, two matrices I, and a last actnorm that
+every tenth step sets to mean 0 and variance 1 of its output.
 
 The NLL is exact, that of the averaged parameters, and computed outside the measured time. Writes results/rivals.json or
 results/race-DEVICE.json after every run, and continues from it; then the figure. Prints the table of docs/results.md.
 """
 
-import argparse
 import copy
 import math
 import statistics
 import time
 from dataclasses import replace
-from pathlib import Path
+from functools import partial
 
 import torch
 import torch.nn as nn
-from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 from torch.autograd.function import once_differentiable
-from tqdm import tqdm
 
 import losses
 import train_mnist
 from data import MNIST, DataError, dequantize, digest, load_images
 from ebflow import EBFlow
-from experiments import at_least, folder, record, recorded
+from experiments import command_line, completed, panels
 from layers import FullyConnected
 from support import plots, processes, settings
 from support.optimization import cosine
-from support.run import RunError, one_line_errors
+from support.run import one_line_errors
 
+STEPS, EVERY = 1500, 50  # of a run of the comparison, and between evaluations
 LEVELS = (1105, 1080, 1060)  # nats of validation NLL; the table has the time to reach each
 STARTS = ("center", "whiten")
 METHODS = {  # objective, and flags of train_mnist.py for each start: the best of three or four learning rates
@@ -55,10 +53,10 @@ METHODS = {  # objective, and flags of train_mnist.py for each start: the best o
     "ssm": ("ssm", {"center": ["--lr", "1e-3"], "whiten": ["--lr", "3e-4"]}),
     "dsm": ("dsm", {"center": ["--lr", "1e-3"], "whiten": ["--lr", "3e-4"]}),
 }
-FLOW = ["--diagonal", "1", "--bend", "1.5", "--actnorm", "none"]  # of score matching, when the rates were chosen
+FLOW = "--diagonal 1 --ratio 1 --bend 1.5 --actnorm none".split()  # of score matching, when the rates were chosen
 PLAIN = {"ml": [], "ssm": [*FLOW, "--sigma", "0"], "dsm": [*FLOW, "--sigma", "0.4"]}
 
-LEVEL = 1105  # of the race
+LEVEL, DIGITS, RACE_EVERY = 1105, (1, 2, 4), 20  # of the race
 # Learning rate, divided by √n for n digits; the steps in which it rises and falls, times n; flags of train_mnist.py.
 # They are the fastest found at n = 1; for ml and relative, the fastest that do not break down at n = 2 and 4 either.
 RACE = {
@@ -115,17 +113,14 @@ class RelativeLayer(FullyConnected):
 
 
 class SelfNormalizingLayer(FullyConnected):
-    """A learnt R for W⁻¹. Where a gradient is taken, the log-determinant's are ½Rᵀ for W and -½Wᵀ for R.
-
-    `forward` leaves E‖R(Wx) - x‖² in `reconstruction`.
-    """
+    """A learnt R for W⁻¹. Where a gradient is taken, the log-determinant's are ½Rᵀ for W and -½Wᵀ for R."""
 
     def __init__(self, dim, diagonal=1.0, bias=0.0):
         super().__init__(dim, diagonal, bias)
         self.R = nn.Parameter(torch.linalg.inv(self.weight.detach()))
 
     def forward(self, x):
-        constant = x.detach()
+        constant = x.detach()  # reconstruction: E‖R(Wx) - x‖²
         self.reconstruction = (constant @ self.weight.T @ self.R.T - constant).square().sum(1).mean()
         return SelfNormalizingLinear.apply(x, self.weight, self.R, self.bias)
 
@@ -153,8 +148,6 @@ def beside(images, n):
 
 def batches(images, n, size):
     """Endless batches of `beside`, drawn at random, each image once in an epoch.   uint8 (N, …) -> (size, n · D)"""
-    if len(images) // n < size:
-        raise RunError(f"{len(images)} training images, {n} beside each other, do not fill a batch of {size}")
     while True:
         order = torch.randperm(len(images), device=images.device)
         for index in order[:len(images) // n // size * size * n].split(size * n):
@@ -162,10 +155,10 @@ def batches(images, n, size):
 
 
 def train(name, normalize, flags, every, splits, device, steps, digits=1, until=-math.inf):
-    """One run of a method.   -> {"curve": [(step, seconds, validation NLL)], "broke": why, or None, "digits"}
+    """One run of a method.   -> {"curve": [(step, seconds, validation NLL)], "digits"}
 
     flags   of train_mnist.py: for the flow, the batches, the noise, the learning rate and the seed, no others
-    every   steps of a stretch, after which the model is evaluated; `steps` is rounded up to whole stretches
+    every   steps of a stretch, after which the model is evaluated; `steps` is a multiple
     digits  so many images beside each other are one image here; the NLL is that of one of them, the lowest `until`
     """
     loss, own = METHODS[name]
@@ -184,13 +177,13 @@ def train(name, normalize, flags, every, splits, device, steps, digits=1, until=
     losses.OBJECTIVES.update({"relative": losses.OBJECTIVES["ml"], "self-norm": self_norm})
     step, optimizer = train_mnist.make_step(replace(s, loss=name, actnorm="none"), pre, flow, model, averaged)
 
-    curve, broke, stretches, sigma = [], None, -(-steps // every), 0.0 if loss == "ml" else s.sigma
-    for stretch in tqdm(range(stretches + 1), f"{name}, {normalize}, {digits} digits", leave=False, disable=None):
+    curve, sigma = [], 0.0 if loss == "ml" else s.sigma
+    for stretch in range(steps // every + 1):
         if stretch:                                                    # stretch 0 shows what the start alone is worth
             torch.manual_seed(1_000_003 * s.seed + stretch)
             first, start = (stretch - 1) * every, time.perf_counter()
             for n, images in zip(range(first, first + every), batches(train_set, digits, s.batch_size)):
-                optimizer.param_groups[0]["lr"] = s.lr * cosine(n / (stretches * every))
+                optimizer.param_groups[0]["lr"] = s.lr * cosine(n / steps)
                 if s.actnorm == "moments" and n % 10 == 0:             # all the way: a run has few steps
                     z = pre(dequantize(images))
                     train_mnist.track_moments(flow, z + sigma * torch.randn_like(z))
@@ -201,13 +194,10 @@ def train(name, normalize, flags, every, splits, device, steps, digits=1, until=
             torch.manual_seed(0)
             train_mnist.track_moments(averaged, dequantize(beside(train_set, digits)[:1000]))
         nll = train_mnist.evaluate("val", averaged, beside(val_set, digits))["val_nll"] / digits
-        if not math.isfinite(nll):
-            broke = f"not finite at step {stretch * every}"
-            break
         curve.append((stretch * every, round(seconds, 6), round(nll, 3)))
         if nll <= until:
             break
-    return {"curve": curve, "broke": broke, "digits": digits}
+    return {"curve": curve, "digits": digits}
 
 
 # ---- Tables and figures ----------------------------------------------------------------------------------------------
@@ -229,19 +219,17 @@ def rows(runs):
     """The comparison: first, lowest and last validation NLL; batches/s; for each level steps: seconds."""
     for name, run in runs.items():
         curve, nlls = run["curve"], [nll for *_, nll in run["curve"]]
-        cells = [name, f"{nlls[0]:.1f}", f"{min(nlls):.1f}", run["broke"] or f"{nlls[-1]:.1f}"]
-        if len(curve) > 1:
-            cells.append(f"{1 / step_time(curve):.1f}")
-            for steps in (reached(curve, level) for level in LEVELS):
-                cells.append("–" if steps is None else f"{steps:.0f}: {curve[0][1] + steps * step_time(curve):.1f}")
+        cells = [name, *(f"{x:.1f}" for x in (nlls[0], min(nlls), nlls[-1], 1 / step_time(curve)))]
+        for steps in (reached(curve, level) for level in LEVELS):
+            cells.append("–" if steps is None else f"{steps:.0f}: {curve[0][1] + steps * step_time(curve):.1f}")
         yield "| " + " | ".join(cells) + " |"
 
 
 def picture(runs):
     """Validation NLL against time and against steps, a line for each method and start."""
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    figure, [row_of_axes] = panels(1, 2, 9, 3.6, sharey=True)
     lowest = min(nll for run in runs.values() for _, _, nll in run["curve"])
-    for axes, label in zip(figure.subplots(1, 2, sharey=True), ("seconds of training", "steps")):
+    for axes, label in zip(row_of_axes, ("seconds of training", "steps")):
         for i, name in enumerate(METHODS):
             for start, style in zip(STARTS, ("-", "--")):
                 curve = runs[f"{name}, {start}"]["curve"]
@@ -249,19 +237,19 @@ def picture(runs):
                 axes.plot([offset + scale * step for step, _, _ in curve[1:]], [nll for _, _, nll in curve[1:]],
                           style, color=f"C{i}", label=name if start == "center" else None)
         axes.set(xlabel=label, xscale="log", ylim=(lowest - 10, lowest + 200))
-        axes.grid(alpha=0.3, which="both")
-    figure.axes[0].set(ylabel="validation NLL (nats)", title="centred pixels, and - - whitened ones")
-    figure.axes[1].legend(fontsize="small")
+        axes.grid(alpha=0.3, which="minor")
+    row_of_axes[0].set(ylabel="validation NLL (nats)", title="centred pixels, and - - whitened ones")
+    row_of_axes[1].legend(fontsize="small")
     return figure
 
 
 def arrivals(runs):
     """By the number of digits and by method: the steps to the level and their seconds, or None.   -> {n: {name: …}}"""
-    found = {}
+    found = {n: dict.fromkeys(RACE) for n in sorted({run["digits"] for run in runs.values()})}
     for label, run in runs.items():
-        steps, n = reached(run["curve"], LEVEL), run["digits"]
-        found.setdefault(n, {})[label.split(",")[0]] = (steps, steps * step_time(run["curve"])) if steps else None
-    return {n: {name: found[n].get(name) for name in RACE} for n in sorted(found)}
+        if steps := reached(run["curve"], LEVEL):
+            found[run["digits"]][label.split(",")[0]] = steps, steps * step_time(run["curve"])
+    return found
 
 
 def race_rows(runs):
@@ -274,8 +262,7 @@ def race_rows(runs):
 
 def race_picture(runs):
     """Seconds to the level against D, a line for each method."""
-    figure = Figure(figsize=(5.5, 3.6), layout="constrained")
-    axes, ticks = figure.subplots(), [784 * n for n in arrivals(runs)]
+    (figure, [[axes]]), ticks = panels(1, 1, 5.5, 3.6), [784 * n for n in arrivals(runs)]
     for i, name in enumerate(RACE):
         seconds = [best[name][1] if best[name] else math.nan for best in arrivals(runs).values()]
         axes.loglog(ticks, seconds, "o-", ms=4, color=f"C{i}", label=name)
@@ -283,46 +270,32 @@ def race_picture(runs):
              xticks=ticks, xticklabels=[f"{D:,}" for D in ticks])
     axes.xaxis.set(minor_formatter=NullFormatter())
     axes.yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}", minor_formatter=NullFormatter())
-    axes.grid(alpha=0.3)
     axes.legend()
     return figure
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = command_line(__doc__, "--device", "--results")
     parser.add_argument("--race", action="store_true", help="the race, in place of the comparison")
-    parser.add_argument("--digits", type=at_least(1), nargs="+", help="of the race: n of an image (1 2 4)")
-    parser.add_argument("--steps", type=at_least(1), help="of the comparison: steps of a run (1500)")
-    parser.add_argument("--every", type=at_least(1), help="steps between evaluations (50; of the race: 20)")
-    parser.add_argument("--seed", type=at_least(0), default=0)
-    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
-    parser.add_argument("--data", type=Path, default=MNIST, help="directory of the IDX files")
-    parser.add_argument("--results", type=folder, default="results")
     a = parser.parse_args(argv)
-    if a.steps if a.race else a.digits:
-        parser.error("--digits goes with --race, --steps does not")
-    every, steps = a.every or (20 if a.race else 50), a.steps or 1500
     with one_line_errors(DataError), processes.joined(a.device) as (device, *_):
-        splits = load_images(a.data)
-        identity = dict(images=digest(splits), every=every, seed=a.seed)
+        splits = load_images(MNIST)
+        shared = dict(images=digest(splits), seed=0)
         if a.race:
             path, table, draw = a.results / f"race-{device.type}.json", race_rows, race_picture
-            identity |= dict(command="python -m experiments.rivals --race", methods=RACE, level=LEVEL)
-            jobs = {f"{name}, {n} digits": (name, "center", ["--actnorm", "moments", "--lr", str(lr / n**0.5), *own],
-                                            n * length, n, LEVEL)
-                    for n in a.digits or [1, 2, 4] for name, (lr, length, own) in RACE.items()}
+            jobs = {f"{name}, {n} digits": partial(
+                train, name, "center", ["--actnorm", "moments", "--lr", str(lr / n**0.5), *own], RACE_EVERY, splits,
+                device, n * length, n, LEVEL) for n in DIGITS for name, (lr, length, own) in RACE.items()}
+            runs = completed(path, jobs, command="python -m experiments.rivals --race", methods=RACE, level=LEVEL,
+                             every=RACE_EVERY, **shared)
         else:
             path, table, draw = a.results / "rivals.json", rows, picture
-            identity |= dict(command="python -m experiments.rivals", methods=METHODS, device=str(device), steps=steps)
-            jobs = {f"{name}, {start}": (name, start, [], steps) for start in STARTS for name in METHODS}
-        result = recorded(path, **identity)
-        for label, (name, start, own, *more) in jobs.items():
-            if label not in result["runs"]:
-                flags = ["--seed", str(a.seed), *own]
-                result["runs"][label] = train(name, start, flags, every, splits, device, *more)
-                record(path, result)
-        plots.save(path.with_suffix(".png"), draw(result["runs"]))
-        print(*table(result["runs"]), sep="\n")
+            jobs = {f"{name}, {start}": partial(train, name, start, [], EVERY, splits, device, STEPS)
+                    for start in STARTS for name in METHODS}
+            runs = completed(path, jobs, command="python -m experiments.rivals", methods=METHODS, device=str(device),
+                             steps=STEPS, every=EVERY, **shared)
+        plots.save(path.with_suffix(".png"), draw(runs))
+        print(*table(runs), sep="\n")
 
 
 if __name__ == "__main__":

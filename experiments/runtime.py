@@ -1,37 +1,31 @@
 """What a training step costs against D: time and counted operations of every objective.
 
     python -m experiments.runtime
-    python -m experiments.runtime --draw       the pictures and tables of what was measured before, on any machine
 
 The flows are fully connected and convolutional. The images are random, with 16 to 64 pixels a side and one or three
 channels. A step is objective, gradient and optimiser. Operations are counted on the device `meta`, where nothing is
 computed: products and convolutions by torch's own formulas, factorisations and solves by those below.
 
-It takes 4.5 minutes on two cores; with --archs fc --seconds 1.5 it takes 26 seconds on an H100. It writes
-results/runtime-DEVICE.json after every size, and continues from it; then results/runtime-DEVICE.png, with the slopes of
-straight lines fitted to the logarithms, and for a CPU results/claim.png, beside the draws in
+Writes results/runtime-DEVICE.json after every size, and continues from it; then results/runtime-DEVICE.png, with the
+slopes of straight lines fitted to the logarithms, and for a CPU results/claim.png, beside the draws in
 results/samples-glow-dsm.png. Prints the tables of docs/results.md. Source: Chao et al. (2023), the runtime comparison.
 """
 
-import argparse
-import json
 import math
 import statistics
 from functools import partial
-from itertools import product
-from pathlib import Path
+from itertools import groupby, product
+from operator import itemgetter
 
 import torch
-from matplotlib.figure import Figure
 from matplotlib.image import imread
 from matplotlib.ticker import NullFormatter
 from torch.nn.utils import get_total_norm
 from torch.utils.flop_counter import flop_registry
-from tqdm import tqdm
 
 import train_mnist
 from ebflow import cnn_flow, fc_flow
-from experiments import at_least, folder, intact, record, recorded
+from experiments import command_line, completed, panels
 from experiments.speed import Operations, interleaved
 from losses import OBJECTIVES
 from support import plots, processes
@@ -39,9 +33,10 @@ from support.fast import accelerated, fast_products
 from support.optimization import trainable
 from support.run import one_line_errors
 
+BATCH_SIZE = 32
+BUILD = {"fc": lambda shape: fc_flow(math.prod(shape)), "cnn": lambda shape: cnn_flow(shape, diagonal=0.6)}
 SIZES = [(1, 16), (1, 24), (3, 16), (1, 32), (3, 24), (1, 48), (3, 32), (1, 64)]  # channels and side, by D
-# Operations of an n × n factorisation (⅔n³), and of a solve with it (2n² for each right-hand side).
-aten = torch.ops.aten
+aten = torch.ops.aten  # an n × n factorisation has ⅔n³ operations, a solve with it 2n² for each right-hand side
 FORMULAS = flop_registry | {
     aten._linalg_slogdet: lambda A, **_: 2 * A.shape[-1] ** 2 * A.numel() // (3 * A.shape[-1]),
     aten._linalg_solve_ex: lambda A, B, **_: (
@@ -51,13 +46,9 @@ FORMULAS = flop_registry | {
 }
 
 
-def build(arch, shape):
-    return fc_flow(math.prod(shape)) if arch == "fc" else cnn_flow(shape, diagonal=0.6)
-
-
-def make_gradient(arch, loss, flow, batch_size):
+def make_gradient(arch, loss, flow):
     """The settings, and (B, *shape) -> the loss, (), which leaves the gradient in p.grad."""
-    s = train_mnist.Settings(arch=arch, loss=loss, model_samples=batch_size)
+    s = train_mnist.Settings(arch=arch, loss=loss, model_samples=BATCH_SIZE)
     parameters, config = trainable(flow), s.config()
 
     def gradient(x):
@@ -68,19 +59,19 @@ def make_gradient(arch, loss, flow, batch_size):
     return s, gradient
 
 
-def count_operations(arch, shape, loss, batch_size):
+def count_operations(arch, shape, loss):
     """Operations of the objective and its gradient; nothing is computed."""
     with torch.device("meta"):
-        flow = build(arch, shape)
+        flow = BUILD[arch](shape)
     with Operations(FORMULAS) as counted:
-        make_gradient(arch, loss, flow, batch_size)[1](torch.randn(batch_size, *flow.shape, device="meta"))
+        make_gradient(arch, loss, flow)[1](torch.randn(BATCH_SIZE, *flow.shape, device="meta"))
     return counted.total
 
 
-def measure(arch, shape, batch_size, device, seconds):
+def measure(arch, shape, device, seconds):
     """A row for each objective."""
-    flow = build(arch, shape).to(device)
-    x, parameters = torch.randn(batch_size, *flow.shape, device=device), trainable(flow)
+    flow, steps = BUILD[arch](shape).to(device), {}
+    x, parameters = torch.randn(BATCH_SIZE, *flow.shape, device=device), trainable(flow)
     optimizer = torch.optim.Adam(parameters, lr=1e-8, fused=True)  # the parameters stay what they are
 
     def step(gradient):
@@ -89,12 +80,11 @@ def measure(arch, shape, batch_size, device, seconds):
         get_total_norm([p.grad for p in parameters])
         optimizer.step()
 
-    steps = {}
     for loss in OBJECTIVES:
-        s, gradient = make_gradient(arch, loss, flow, batch_size)
+        s, gradient = make_gradient(arch, loss, flow)
         steps[loss] = fast_products(loss)(partial(step, accelerated(gradient, parameters, s)))
     return [{"arch": arch, "channels": shape[0], "side": shape[1], "D": math.prod(shape), "loss": loss,
-             "operations": count_operations(arch, shape, loss, batch_size), "ms": 1e3 * median}
+             "operations": count_operations(arch, shape, loss), "ms": 1e3 * median}
             for loss, median in interleaved(steps, 30, device, calls=1, seconds=seconds).items()]
 
 
@@ -107,8 +97,8 @@ def slope(rows, key):
 def series(rows):
     """The sizes that one line joins, by architecture, objective and, for cnn, channels.   -> {(str, str, str): rows}"""
     lines = {}
-    for row in sorted(rows, key=lambda row: row["D"]):
-        channels = {("cnn", 1): "1 channel", ("cnn", 3): "3 channels"}.get((row["arch"], row["channels"]), "")
+    for row in sorted(rows, key=itemgetter("D")):
+        channels = {1: "1 channel", 3: "3 channels"}[row["channels"]] if row["arch"] == "cnn" else ""
         lines.setdefault((row["arch"], row["loss"], channels), []).append(row)
     return lines
 
@@ -119,17 +109,15 @@ def panel(axes, rows, key, exponent):
         power = f" ∝ D^{slope(sizes, exponent):.2f}" if slope(sizes, exponent) else ""
         axes.loglog([row["D"] for row in sizes], [row[key] for row in sizes], "s:" if "3" in channels else "o-", ms=4,
                     lw=1, color=f"C{[*OBJECTIVES].index(loss)}", label=f"{loss} {channels}{power}")
-    ticks = [256, 1024, 4096]
-    axes.set_xticks(ticks, [f"{D:,}" for D in ticks])
+    axes.set_xticks([256, 1024, 4096], ["256", "1,024", "4,096"])
     axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.grid(alpha=0.3)
 
 
 def picture(rows):
     """Operations and time against D: a row of panels for each architecture."""
     archs = sorted({row["arch"] for row in rows}, reverse=True)
-    figure = Figure(figsize=(10, 3.9 * len(archs)), layout="constrained")
-    for axes_row, arch in zip(figure.subplots(len(archs), 2, squeeze=False), archs):
+    figure, axes_by_row = panels(len(archs), 2, 10, 3.9 * len(archs))
+    for axes_row, arch in zip(axes_by_row, archs):
         for axes, key, label in zip(axes_row, ("operations", "ms"), ("operations in a step", "ms for a step")):
             panel(axes, [row for row in rows if row["arch"] == arch], key, key)
             axes.set(xlabel="D", ylabel=label, title={"fc": "fully connected", "cnn": "convolutional"}[arch])
@@ -140,8 +128,7 @@ def picture(rows):
 
 def claim(rows, draws):
     """The picture of the README: time of a step of the fully-connected flow, beside draws (H, W, channels)."""
-    figure = Figure(figsize=(9.4, 3.8), layout="constrained")
-    left, right = figure.subplots(1, 2, width_ratios=[1.45, 1])
+    figure, [[left, right]] = panels(1, 2, 9.4, 3.8, width_ratios=[1.45, 1])
     panel(left, [row for row in rows if row["arch"] == "fc" and row["loss"] != "sml"], "ms", "operations")
     left.set(xlabel="D, the dimension of the data", ylabel="milliseconds for a training step, two layers",
              title="score matching needs O(D²) operations, likelihood O(D³)")
@@ -153,54 +140,30 @@ def claim(rows, draws):
 
 def table(rows):
     """The table of docs/results.md: ms for a step of each objective, and ml's time over dsm's."""
-    sizes = {}
-    for row in rows:
-        sizes.setdefault((row["arch"], row["channels"], row["side"]), {})[row["loss"]] = row["ms"]
-    return [f"| {arch} | {channels}×{side}×{side} | {channels * side**2:,} | "
-            + " | ".join(f"{ms[loss]:,.1f}" for loss in OBJECTIVES) + f" | {ms['ml'] / ms['dsm']:.1f} |"
-            for (arch, channels, side), ms in sizes.items()]
-
-
-def draw(path):
-    """Pictures and tables of a results/runtime-DEVICE.json."""
-    with intact(path):
-        rows = [row for size in json.loads(path.read_text())["runs"].values() for row in size]
-        plots.save(path.with_suffix(".png"), picture(rows))
-        print("\n".join(table(rows)))
-        for name, sizes in series(rows).items():
-            exponents = {key: slope(sizes, key) for key in ("operations", "ms")}
-            print(*name, *(f"{key} ∝ D^{x:.2f}" for key, x in exponents.items() if x))
-        samples = path.with_name("samples-glow-dsm.png")
-        if path.stem == "runtime-cpu" and samples.exists():
-            plots.save(path.with_name("claim.png"), claim(rows, imread(samples)))
+    for (arch, channels, side, D), size in groupby(rows, itemgetter("arch", "channels", "side", "D")):
+        ms = {row["loss"]: row["ms"] for row in size}
+        times = " | ".join(f"{ms[loss]:,.1f}" for loss in OBJECTIVES)
+        yield f"| {arch} | {channels}×{side}×{side} | {D:,} | {times} | {ms['ml'] / ms['dsm']:.1f} |"
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--draw", action="store_true", help="measure nothing")
+    parser = command_line(__doc__, "--device", "--results")
     parser.add_argument("--archs", nargs="+", choices=["fc", "cnn"], default=["fc", "cnn"])
-    parser.add_argument("--largest", type=at_least(256), default=4096, help="largest D")
-    parser.add_argument("--batch-size", type=at_least(1), default=32)
     parser.add_argument("--seconds", type=float, default=8.0, help="for all steps of one size")
-    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
-    parser.add_argument("--results", type=folder, default="results")
     a = parser.parse_args(argv)
-    with one_line_errors(ValueError):
-        for path in [*a.results.glob("runtime-*.json")] if a.draw else [experiment(a)]:
-            draw(path)
-
-
-def experiment(a):
-    """Measures what is not recorded yet.   -> the path of the results"""
-    with processes.joined(a.device) as (device, *_):
-        path = a.results / f"runtime-{device.type}.json"
-        result = recorded(path, command="python -m experiments.runtime", batch_size=a.batch_size)
-        for (c, side), arch in tqdm([*product(SIZES, a.archs)], dynamic_ncols=True, unit=" sizes"):
-            name = f"{arch} {c}×{side}×{side}"
-            if name not in result["runs"] and c * side**2 <= a.largest:
-                result["runs"][name] = measure(arch, (c, side, side), a.batch_size, device, a.seconds)
-                record(path, result)
-    return path
+    with one_line_errors(), processes.joined(a.device) as (device, *_):
+        jobs = {f"{arch} {c}×{side}×{side}": partial(measure, arch, (c, side, side), device, a.seconds)
+                for (c, side), arch in product(SIZES, a.archs)}
+        path, samples = a.results / f"runtime-{device.type}.json", a.results / "samples-glow-dsm.png"
+        runs = completed(path, jobs, command="python -m experiments.runtime", batch_size=BATCH_SIZE)
+        rows = [row for size in runs.values() for row in size]
+        plots.save(path.with_suffix(".png"), picture(rows))
+        if device.type == "cpu" and samples.exists():
+            plots.save(a.results / "claim.png", claim(rows, imread(samples)))
+        print(*table(rows), sep="\n")
+        for name, sizes in series(rows).items():
+            exponents = {key: slope(sizes, key) for key in ("operations", "ms")}
+            print(*name, *(f"{key} ∝ D^{x:.2f}" for key, x in exponents.items() if x))
 
 
 if __name__ == "__main__":

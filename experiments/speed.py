@@ -6,18 +6,16 @@
 
 A step is all that training does for one batch: data, pre-processing, objective, gradient, optimiser, moving average.
 
-    plain      a competent first version: layers.py and losses.py in float32 with F.conv2d, loss.backward(), and Adam
-               and AveragedModel as torch gives them. It adds no noise for ssm and fdssm, does not clip, and leaves the
-               last actnorm alone
+    plain      layers.py and losses.py in float32 with F.conv2d, loss.backward(), Adam and AveragedModel as torch gives
+               them. It adds no noise for ssm and fdssm, does not clip, and leaves the last actnorm alone
     here       the step of train_mnist.py or train_toy.py
     compiled   the same with --compile; on a CPU alone
     floor      the matrix products and convolutions of the step here, one after another and nothing between them
 
-Kinds take turns, so slow moments of the machine hit all of them. It prints medians over blocks of ten steps, and their
-ratios. On two cores --arch fc takes three minutes, toy eight and cnn ten, most of it to compile.
+Kinds take turns, so slow moments of the machine hit all of them. Prints the tables of docs/results.md, of medians over
+blocks of ten steps. On two cores --arch fc takes three minutes, toy eight and cnn ten, most of it to compile.
 """
 
-import argparse
 import copy
 import math
 import statistics
@@ -38,7 +36,7 @@ import train_toy
 from data import MNIST, DataError, dequantize, load_images
 from densities import TOYS
 from ebflow import EBFlow, toy_flow
-from experiments import at_least
+from experiments import command_line
 from layers import Convolution
 from losses import OBJECTIVES
 from support import processes, settings
@@ -98,10 +96,7 @@ def plain(s, flow, batch, **more):
 
 
 class Operations(TorchDispatchMode):
-    """Records what runs inside and has a formula for its number of operations; by torch's formulas, matrix products.
-
-    torch's FlopCounterMode hooks modules, and fails on the ∇_x in a loss.
-    """
+    """Records what has a formula for its number of operations. (torch's FlopCounterMode fails on the ∇_x in a loss.)"""
 
     def __init__(self, formulas=flop_registry):
         super().__init__()
@@ -116,11 +111,8 @@ class Operations(TorchDispatchMode):
 
 
 def floor(make, device, loss=None):
-    """Repeats the matrix products of one step here, in the precision of train_mnist.py with this loss.   -> () -> None
-
-    They are recorded on a CPU, because a CUDA graph hides them.
-    """
-    step = make("here", torch.device("cpu"))
+    """Repeats the matrix products of one step, with a loss in the precision of train_mnist.py.   -> () -> None"""
+    step = make("here", torch.device("cpu"))  # on a GPU, a CUDA graph would hide them
     step()  # the first of ten moves the actnorm, too
     with Operations() as products:
         step()
@@ -145,10 +137,7 @@ def timed(function, device):
 
 
 def interleaved(functions, repeats, device, calls=10, seconds=math.inf):
-    """Seconds of a call of each function: the median over blocks of so many calls.   {name: ()} -> {name: float}
-
-    After `seconds` it makes no more blocks, but at least three.
-    """
+    """Seconds of a call: the median over blocks of so many, of which at least three.   {name: ()} -> {name: float}"""
     times = {name: [timed(function, device)] for name, function in functions.items()}  # the first call is slower
     start = time.perf_counter()
     for block in range(repeats):
@@ -173,14 +162,13 @@ def profiled(function, steps=10):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = command_line(__doc__, "--device")
     parser.add_argument("--arch", choices=["fc", "cnn", "glow", "toy"], default="fc")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
-    parser.add_argument("--shape", type=at_least(1), nargs=3, help="C H W of random images, in place of MNIST")
-    parser.add_argument("--batch-size", type=at_least(1), help="by default 100, for the toys 512")
+    parser.add_argument("--shape", type=int, nargs=3, help="C H W of random images, in place of MNIST")
+    parser.add_argument("--batch-size", type=int, help="by default 100, for the toys 512")
     parser.add_argument("--profile", action="store_true", help="time the parts of the step here, on a CPU")
-    parser.add_argument("--repeats", type=at_least(1), default=12, help="blocks of ten steps of each kind")
-    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    parser.add_argument("--repeats", type=int, default=12, help="blocks of ten steps of each kind")
     a = parser.parse_args(argv)
     with one_line_errors(DataError), processes.joined(a.device) as (device, *_):
         batch_size = a.batch_size or (512 if a.arch == "toy" else 100)
@@ -191,29 +179,27 @@ def main(argv=None):
             makers = {loss: partial(step_of_images, a.arch, loss, images, batch_size) for loss in OBJECTIVES}
         print(f"{torch.get_num_threads()} threads, batch size {batch_size}")
         if a.profile:
-            print("milliseconds of a step\n| flow | objective | step | " + " | ".join(PARTS) + " |")
+            print("| flow | objective | step | " + " | ".join(PARTS) + " |")
             for loss, make in makers.items():
                 ms = profiled(make("here", torch.device("cpu")))
-                cells = [f"{t:.1f}" for t in (sum(ms.values()), *ms.values())]
-                print(f"| {a.arch} | {loss} | " + " | ".join(cells) + " |")
+                print(f"| {a.arch} | {loss} |", " | ".join(f"{t:.1f}" for t in (sum(ms.values()), *ms.values())), "|")
         else:
             kinds = [kind for kind in a.kinds if kind != "compiled" or device.type == "cpu"]
             functions = {(loss, kind): make(kind, device) for loss, make in makers.items() for kind in kinds}
             for loss, make in makers.items():
                 functions[loss, "floor"] = floor(make, device, None if a.arch == "toy" else loss)
-            print("\n".join(rows(interleaved(functions, a.repeats, device), kinds)))
+            print(*rows(interleaved(functions, a.repeats, device), kinds), sep="\n")
 
 
 def rows(seconds, kinds):
     """Batches per second, and ratios of times.   {(objective, kind): seconds} -> lines of a table"""
     ratios = [(a, b) for a, b in (("plain", "here"), ("plain", "compiled"), ("here", "floor"), ("compiled", "floor"))
               if {a, b} <= {*kinds, "floor"}]
-    lines = ["| objective | " + " | ".join([*kinds, *(f"{a} / {b}" for a, b in ratios)]) + " |"]
+    yield "| objective | " + " | ".join([*kinds, *(f"{a} / {b}" for a, b in ratios)]) + " |"
     for loss in OBJECTIVES:
         cells = [f"{1 / seconds[loss, kind]:.1f}" for kind in kinds]
         cells += [f"{seconds[loss, a] / seconds[loss, b]:.2f}" for a, b in ratios]
-        lines.append(f"| {loss} | " + " | ".join(cells) + " |")
-    return lines
+        yield f"| {loss} | " + " | ".join(cells) + " |"
 
 
 if __name__ == "__main__":

@@ -5,13 +5,11 @@
     python -m experiments.tables --arch toy --compile          three densities in the plane, three seeds
     python -m experiments.tables --paper runs/mnist-fc-dsm     reads finished runs of train_mnist.py --paper
 
-Trains under runs/, and continues runs that were stopped. Flags that --help does not list go to the training script. On
-a CPU it takes 30 minutes with --arch fc, 40 with cnn, 70 with glow, and an hour with toy. Writes and prints the table
-of docs/results.md: results/mnist-ARCH.json and .png, NLL against epochs; or results/toys.json and .png, the densities
-of seed 0; or results/paper.json, whose runs stay unless they are named again.
+Trains under runs/, and continues runs that were stopped. On a CPU it takes 30 minutes with --arch fc, 40 with cnn, 70
+with glow, and an hour with toy. Writes and prints the table of docs/results.md: results/mnist-ARCH.json and .png, NLL
+against epochs; or results/toys.json and .png, the densities of seed 0; or results/paper.json, whose runs stay.
 """
 
-import argparse
 import json
 import math
 import statistics
@@ -19,12 +17,11 @@ from itertools import product
 from pathlib import Path
 
 import torch
-from matplotlib.figure import Figure
 
 import train_mnist
 import train_toy
 from densities import TOYS
-from experiments import folder, intact, machine, passed_on, read_metrics, record
+from experiments import command_line, machine, panels, read_metrics, record, trained
 from losses import OBJECTIVES
 from recipes import PAPER
 from support import plots
@@ -42,14 +39,6 @@ def interval(values):
     return statistics.mean(values), STUDENT[n] * statistics.stdev(values) / math.sqrt(n) if n > 1 else None
 
 
-def trained(script, own, out, flags):
-    """Trains, or continues a run that was stopped.   -> its settings, and the rows of its metrics"""
-    own = [*own, "--out", str(out)]
-    s = passed_on(script.Settings, own, flags)
-    script.main([*own, *flags, *["--resume"] * (out / "checkpoint.pt").exists()])
-    return s, read_metrics(out)
-
-
 def mnist(a, flags):
     """Images by our recipes."""
     table, curves = {}, {}
@@ -59,8 +48,9 @@ def mnist(a, flags):
         first, last = curves[loss][0], curves[loss][-1]
         command = " ".join(["python train_mnist.py", *(own[:2] if a.arch == "fc" else own), *flags])
         table[loss] = {"start_val_nll": first["val_nll"], "val_nll": last["best_val_nll"], "test_nll": last["test_nll"],
-                       "test_bpd": last["test_bpd"], "minutes": last["seconds"] / 60, "epochs": last["epoch"],
-                       "best_epoch": last["best_epoch"], "seed": s.seed, "command": command, "machine": machine()}
+                       "before_sml": last.get("before_sml_test_nll"), "test_bpd": last["test_bpd"],
+                       "minutes": last["seconds"] / 60, "epochs": s.epochs, "best_epoch": last["best_epoch"],
+                       "seed": s.seed, "command": command, "machine": machine()}
     plots.save(a.results / f"mnist-{a.arch}.png", nll_curves(a.arch, curves, table))
     record(a.results / f"mnist-{a.arch}.json", table)
     return mnist_rows(table)
@@ -68,8 +58,7 @@ def mnist(a, flags):
 
 def nll_curves(arch, curves, table):
     """Validation NLL against epochs: a line for each objective."""
-    figure = Figure(figsize=(7, 3.6), layout="constrained")
-    axes = figure.subplots()
+    figure, [[axes]] = panels(1, 1, 7, 3.6)
     for loss, metrics in curves.items():
         axes.plot([row["epoch"] for row in metrics], [row["val_nll"] for row in metrics], marker=".",
                   label=f"{loss}, {table[loss]['test_nll']:.1f} on the test split")
@@ -80,55 +69,53 @@ def nll_curves(arch, curves, table):
     axes.set(xlabel="epochs", ylabel="validation NLL (nats)", title=f"exact NLL of {TITLES[arch]} on MNIST",
              xlim=(0, None), ylim=(low - 0.1 * (high - low), high + (high - low)))
     axes.legend(fontsize="small", loc="upper right", ncols=2)
-    axes.grid(alpha=0.3)
     return figure
 
 
+def alone(row):
+    """The test NLL by the objective alone, before steps of sml."""
+    return row.get("before_sml") or row["test_nll"]
+
+
 def mnist_rows(table):
-    return [f"| {loss} | {row['start_val_nll']:.1f} | {row['val_nll']:.1f} | **{row['test_nll']:.1f}** | "
-            f"{row['test_bpd']:.3f} | {row['epochs']} |" for loss, row in table.items()]
+    """Where steps of sml follow some objective, a column has the NLL before them."""
+    two = any(row.get("before_sml") for row in table.values())
+    return [f"| {loss} | {row['start_val_nll']:.1f} | {row['val_nll']:.1f} | {f'{alone(row):.1f} | ' * two}"
+            f"**{row['test_nll']:.1f}** | {row['test_bpd']:.3f} | {row['epochs']} |" for loss, row in table.items()]
 
 
 def paper(a):
     """Images by the published recipes."""
     path = a.results / "paper.json"
-    with intact(path):
-        before = json.loads(path.read_text())["runs"] if path.exists() else {}
-        found = before | dict(published_run(directory, a.machine) for directory in a.paper)
-        runs = {cell: found[cell] for cell in PAPER if cell in found}
-        tuned = {arch: json.loads((a.results / f"mnist-{arch}.json").read_text())
-                 for arch in {cell.split()[0] for cell in runs}}
-        rows = paper_rows(runs, tuned)
+    found = json.loads(path.read_text())["runs"] if path.exists() else {}
+    found |= dict(published_run(directory, a.machine) for directory in a.paper)
+    runs = {cell: found[cell] for cell in PAPER if cell in found}
+    tuned = {arch: json.loads((a.results / f"mnist-{arch}.json").read_text())
+             for arch in {cell.split()[0] for cell in runs}}
     record(path, {"command": "python -m experiments.tables --paper", "runs": runs})
-    return rows
+    return paper_rows(runs, tuned)
 
 
 def published_run(directory, name):
-    """A finished run with --paper, on the machine of this name.   -> its cell of the table, and its figures
-
-    Of the curve it keeps every tenth epoch, the best and the last.
-    """
-    with intact(directory):
-        config, metrics = json.loads((directory / "config.json").read_text()), read_metrics(directory)
-        arch, loss, last = config["arch"], config["loss"], metrics[-1]
-        if not config["paper"]:
-            raise RunError(f"{directory} is no run of train_mnist.py --paper")
-        kept = [row for row in metrics if row["epoch"] % 10 == 0 or row["epoch"] in (last["best_epoch"], last["epoch"])]
-        return f"{arch} {loss}", {
-            "command": f"python train_mnist.py --paper --arch {arch} --loss {loss} --epochs {last['epoch']} "
-                       f"--seed {config['seed']}", "machine": name, "epochs": last["epoch"],
-            "minutes": last["seconds"] / 60, "best_epoch": last["best_epoch"], "test_nll": last["test_nll"],
-            "val_nll": {str(row["epoch"]): round(row["val_nll"], 1) for row in kept}}
+    """A finished run with --paper, on the machine of this name.   -> its cell of the table, and its figures"""
+    config, metrics = json.loads((directory / "config.json").read_text()), read_metrics(directory)
+    if not config["paper"]:
+        raise RunError(f"{directory} is no run of train_mnist.py --paper")
+    arch, loss, last = config["arch"], config["loss"], metrics[-1]
+    kept = [row for row in metrics if row["epoch"] % 10 == 0 or row["epoch"] in (last["best_epoch"], last["epoch"])]
+    command = f"--arch {arch} --loss {loss} --epochs {last['epoch']} --seed {config['seed']}"
+    return f"{arch} {loss}", {
+        "command": f"python train_mnist.py --paper {command}", "machine": name, "minutes": last["seconds"] / 60,
+        "epochs": last["epoch"], "best_epoch": last["best_epoch"], "test_nll": last["test_nll"],
+        "val_nll": {str(row["epoch"]): round(row["val_nll"], 1) for row in kept}}
 
 
 def paper_rows(runs, tuned):
     """tuned {architecture: results/mnist-ARCH.json}"""
-    lines = []
     for cell, run in runs.items():
         arch, loss = cell.split()
-        lines.append(f"| {arch} | {loss} | {PUBLISHED.get(arch, {}).get(loss, '–')} | {PAPER[cell]['epochs']:,} | "
-                     f"{run['test_nll']:.1f} | {run['epochs']:,} | {tuned[arch][loss]['test_nll']:.1f} |")
-    return lines
+        yield (f"| {arch} | {loss} | {PUBLISHED.get(arch, {}).get(loss, '–')} | {PAPER[cell]['epochs']:,} | "
+               f"{run['test_nll']:.1f} | {run['epochs']:,} | {alone(tuned[arch][loss]):.1f} |")
 
 
 def toys(a, flags):
@@ -154,18 +141,16 @@ def toys(a, flags):
 
 def grid(flows, kl):
     """Truth and flows: a row for each toy, a column for each objective. Both arguments are {(toy, objective): …}."""
-    names, losses = (list(dict.fromkeys(part)) for part in zip(*flows))
-    figure = Figure(figsize=(2.1 * (1 + len(losses)), 2.3 * len(names)), layout="constrained")
-    for axes_row, name in zip(figure.subplots(len(names), 1 + len(losses), squeeze=False), names):
+    figure, axes = panels(len(TOYS), 1 + len(OBJECTIVES), 2.1 * (1 + len(OBJECTIVES)), 2.3 * len(TOYS))
+    for axes_row, name in zip(axes, TOYS):
         torch.manual_seed(0)
         truth = TOYS[name]()
         x = truth.sample(2000)
         top = truth.log_prob(x).max().exp().item()
-        for axes, loss in zip(axes_row, ("truth", *losses)):
+        for one, loss in zip(axes_row, ("truth", *OBJECTIVES)):
             density = truth if loss == "truth" else flows[name, loss]
-            plots.image(axes, lambda x: density.log_prob(x).exp(), x, vmin=0, vmax=top)
-            words = f"{name}, truth" if loss == "truth" else f"{loss}: KL {kl[name, loss]:.4f}"
-            axes.set_title(words, fontsize="small")
+            plots.image(one, lambda x: density.log_prob(x).exp(), x, vmin=0, vmax=top)
+            one.set_title(f"{name}, truth" if loss == "truth" else f"{loss}: KL {kl[name, loss]:.4f}", fontsize="small")
     return figure
 
 
@@ -179,20 +164,16 @@ def toy_rows(table):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False,
-                                     epilog="Other flags go to train_mnist.py, or with --arch toy to train_toy.py.")
+    parser = command_line(__doc__, "--seeds", "--runs", "--results", passes="train_mnist.py or train_toy.py")
     parser.add_argument("--arch", choices=[*TITLES, "toy"], default="fc")
     parser.add_argument("--paper", type=Path, nargs="*", help="directories of runs of train_mnist.py --paper")
-    parser.add_argument("--seeds", type=int, default=3, choices=range(1, 6), help="the number of seeds of --arch toy")
     parser.add_argument("--machine", default=machine(), help="what the runs of --paper were made on, in words")
-    parser.add_argument("--runs", type=Path, default=Path("runs"))
-    parser.add_argument("--results", type=folder, default="results")
     a, flags = parser.parse_known_args(argv)
     if a.paper is not None and flags:
         parser.error(f"--paper trains nothing: leave out {' '.join(flags)}")
     with one_line_errors():
         rows = paper(a) if a.paper is not None else toys(a, flags) if a.arch == "toy" else mnist(a, flags)
-        print("\n".join(rows))
+        print(*rows, sep="\n")
 
 
 if __name__ == "__main__":

@@ -18,8 +18,7 @@ class Graphed:
     """A gradient whose kernels a GPU records as one CUDA graph at the first call, and replays from then on.
 
     A step on a small batch is hundreds of short kernels, and python takes longer to start one than the GPU to run it.
-    Parameters must change in place. Random numbers are drawn anew in every replay. On another device it is the function
-    itself.
+    Parameters must change in place. Every replay draws new random numbers. Elsewhere it is the function itself.
     """
 
     def __init__(self, function, parameters):

@@ -23,8 +23,7 @@ def update_average(averages, parameters, n, m=0.999):
     """EMA after step n = 0, 1, …: θ̃ ← mθ̃ + (1-m)θ (poster, Eq. (11)), in place, of two lists of tensors.
 
     As in the authors' code, m is at most (1+n)/(10+n), so that θ̃ soon forgets where it began. ours: m = 0 at n = 0,
-    so θ̃ starts at the weights after the first step. torch's AveragedModel counts the steps on the device, and would
-    wait for a GPU at each; here the loop tells n.
+    so θ̃ starts at the weights after the first step. The loop tells n: a count on a GPU would have to be waited for.
     """
     m = min(m, (1 + n) / (10 + n)) if n else 0.0
     get_ema_multi_avg_fn(m)(averages, parameters, n)

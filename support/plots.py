@@ -18,24 +18,23 @@ def save(path, figure):
 
 def curves(metrics, loss):
     """Validation NLL and training objective against epochs."""
-    trained = [row for row in metrics if row["loss"] is not None]
-    figure = Figure(figsize=(9, 3.2), layout="constrained")
+    figure, last = Figure(figsize=(9, 3.2), layout="constrained"), metrics[-1]
     left, right = figure.subplots(1, 2)
-    left.plot([row["epoch"] for row in metrics], [row["val_nll"] for row in metrics], marker=".", label="validation")
-    last = metrics[-1]
-    left.plot(last["best_epoch"], last["test_nll"], "k*", label=f"test, {last['test_nll']:.1f} nats")
-    left.set(ylabel="NLL (nats)", title="exact negative log-likelihood")
-    left.legend()
-    right.plot([row["epoch"] for row in trained], [row["loss"] for row in trained], marker=".", color="C1")
-    right.set(ylabel="loss", title=f"training objective: {loss}")
-    for axes in (left, right):
-        axes.set_xlabel("epoch")
+    for axes, key, color, ylabel, title in ((left, "val_nll", "C0", "NLL (nats)", "exact negative log-likelihood"),
+                                            (right, "loss", "C1", "loss", f"training objective: {loss}")):
+        shown = [row for row in metrics if row[key] is not None and (axes is left or "before_sml_test_nll" not in row)]
+        epochs, values = [row["epoch"] for row in shown], [row[key] for row in shown]
+        axes.plot(epochs, values, marker=".", color=color, label="validation")
+        axes.set(xlabel="epoch", ylabel=ylabel, title=title)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
-        values = axes.lines[0].get_ydata()
         low, late = min(values), max(values[len(values) // 3:])
         if max(values) > low + 20 * (late - low) > low:  # a start far away would flatten the rest
             axes.set_ylim(low - 0.5 * (late - low), low + 4 * (late - low))
+    if "sml_steps" in last:
+        left.axvspan(last["epoch"] - 1, last["epoch"], color="C2", alpha=0.2, label=f"{last['sml_steps']} steps of sml")
+    left.plot(last["best_epoch"], last["test_nll"], "k*", label=f"test, {last['test_nll']:.1f} nats")
+    left.legend()
     return figure
 
 
@@ -91,18 +90,14 @@ def toy(flow, truth, x):
 # ---- Energies with a flow as their sampler ---------------------------------------------------------------------------
 
 @torch.no_grad()
-def ebm(model, truth, chains):
-    """Truth, model, flow and chains; in more than two dimensions, histograms in the plane of the means.
-
-    truth is judge.py: Truth.
-    """
+def ebm(model, truth, chains, log_z):
+    """Truth (judge.py), model, flow and chains; in more than two dimensions, histograms in the plane of the means."""
     x, flow, n = truth.test[:5000], model.flow, 20_000
     titles = ["truth p", "energy p_θ", *(["flow q_α"] if flow else []), "chains"]
     figure = Figure(figsize=(3.5 * len(titles), 3.9), layout="constrained")
     axes = dict(zip(titles, figure.subplots(1, len(titles))))
     points = {"chains": (chains, None)}  # with importance weights
     if truth.lattice:
-        log_z = truth.figures(model, chains)["log_z"]
         functions = {"truth p": truth.data.log_prob, "energy p_θ": lambda x: -model.energy(x) - log_z,
                      "flow q_α": flow and flow.log_prob}
         top = truth.data.log_prob(x).max().exp().item()

@@ -70,8 +70,7 @@ class Run:
         means of what the loop `record`ed, and batches per second. Raises RunError where a figure is not finite, and
         names the first such step. It looks every 50 steps, since a GPU must be waited for to look."""
         self.trace, self.names, start = [], (), time.perf_counter()
-        silent = None if first_process() else True  # None: where there is no terminal
-        bar = tqdm(batches, f"epoch {epoch}", leave=False, dynamic_ncols=True, disable=silent)
+        bar = tqdm(batches, f"epoch {epoch}", leave=False, dynamic_ncols=True, disable=not first_process() or None)
         for step, batch in enumerate(bar, start=1):
             yield batch
             if step % 50 == 0 or step == len(batches):
@@ -91,9 +90,7 @@ class Run:
 
     def save(self, row, state, shown=()):
         """Ends an epoch: adds the row and its seconds to the metrics, prints `shown`, writes checkpoint and metrics.
-
-        Raises RunError where val_nll is a number, and not finite.
-        """
+        Raises RunError where val_nll is a number, and not finite."""
         if row["val_nll"] is not None and not math.isfinite(row["val_nll"]):
             raise RunError(f"the validation NLL is {row['val_nll']} after epoch {row['epoch']}: {REMEDY}")
         row["seconds"] = time.perf_counter() - self.start + (self.metrics[-1]["seconds"] if self.metrics else 0.0)

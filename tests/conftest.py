@@ -84,7 +84,8 @@ def rows(directory):
 
 def timeless(rows):
     """The rows of a run's metrics without what depends on the machine."""
-    return [{k: v for k, v in row.items() if k not in ("seconds", "batches_per_second")} for row in rows]
+    timed = ("seconds", "batches_per_second", "sml_share_of_time")
+    return [{k: v for k, v in row.items() if k not in timed} for row in rows]
 
 
 def assert_same_bits(a, b):

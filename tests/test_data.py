@@ -102,7 +102,8 @@ BAD = [  # a file in place of one of a good data set: its name, its bytes (None:
         *((gzip.compress(data), fact) for data, fact in [
             (b"\0\0\x0d\x03" + bytes(12), "train-images.* not an IDX file"), (b"\0\0\x08", "not an IDX file"),
             (b"\0\0\x08" + bytes([70]) + 70 * b"\0\0\0\x01" + b"\0", "not an IDX file"),
-            (idx(GREY)[:-1], "4799 bytes .* 4800"), (idx(GREY[:, 0, 0]), "1 axes"), (idx(GREY[:, :0]), r"1, 0, 4\)"),
+            (idx(GREY)[:-1], "4799 bytes .* 4800"), (idx(GREY[:, 0, 0]), r"\(300, 1\)"),
+            (idx(GREY[:, :0]), r"1, 0, 4\)"),
             (idx(GREY[:, :3]), r"1, 3, 4\).* 1, 4, 4\)"), (idx(GREY[:5]), r"\(5, 1, 4, 4\)")])]),
     ("t10k-images-idx3-ubyte.gz", gzip.compress(idx(GREY[:0])), r"\(0, 1, 4, 4\)"),
     ("data_batch_3.bin", None, "data_batch_3.bin"), ("data_batch_3.bin", b"", "data_batch_3.bin holds 0 bytes"),
@@ -124,3 +125,10 @@ def test_a_bad_file_is_refused_by_its_name_or_with_what_is_wrong(tmp_path, name,
         path.write_bytes(data)
     with pytest.raises(DataError, match=fact):
         load_images(path if name == "images.npy" else tmp_path)
+
+
+def test_arrays_that_are_not_of_images_are_refused_with_their_shapes(tmp_path):
+    for name in ("train", "t10k"):
+        (tmp_path / f"{name}-images-idx3-ubyte").write_bytes(idx(GREY[:, 0, 0]))
+    with pytest.raises(DataError, match=r"\(300, 1\)"):
+        load_images(tmp_path)

@@ -30,7 +30,7 @@ from support.run import Run, RunError
 
 EPOCHS = 3
 SMALL = {
-    train_mnist: "--epochs 3 --batch-size 50 --lr 1e-3",
+    train_mnist: "--epochs 3 --batch-size 50 --lr 1e-3 --sml-steps 0",
     train_toy: "--epochs 3 --steps 5 --batch-size 32 --blocks 1 --width 8 --test-points 100",
     train_ebm: "--epochs 3 --steps 4 --batch-size 64 --blocks 2 --width 8 --test-points 400 --dim 3 --chains 48 "
                "--energy-width 8 --start-steps 5 --mixing-rounds 3 --local-steps 3 --flow-lr 1e-3"}

@@ -11,7 +11,7 @@ import torch
 
 import losses
 import train_mnist
-from conftest import assert_same_bits, checkpoint, failing, rows, timeless
+from conftest import assert_same_bits, checkpoint, failing, rows, stop_after, timeless, without_pictures
 from data import dequantize, load_images
 from ebflow import EBFlow, fc_flow, glow_flow, logit_preprocessing
 from layers import ActNorm, AffineCoupling, LinearLayer
@@ -32,7 +32,8 @@ def images(npy):
 
 
 def arguments(data, out, *extra):
-    return ["--data", str(data), "--out", str(out), "--epochs", "2", "--batch-size", "50", "--device", "cpu", *extra]
+    return ["--data", str(data), "--out", str(out), "--epochs", "2", "--batch-size", "50", "--device", "cpu",
+            "--sml-steps", "0", *extra]
 
 
 def parse(*flags):
@@ -429,3 +430,56 @@ def test_before_its_first_step_few_functions_are_entered_and_few_frames_in_a_ste
         sys.setprofile(None)
     step = [name for _, _, name in calls].index("step")
     assert 20 < len(set(calls)) <= 58 and 10 < len(calls) - step <= 30, (sorted(set(calls)), calls[step:])
+
+
+# ---- Steps of sml after the epochs of score matching -----------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def with_sml(npy, tmp_path_factory):
+    """Directories of a run of dsm with three steps of sml at its end, and of one without."""
+    out, flags = tmp_path_factory.mktemp("sml"), ["--lr", "1e-3", "--sml-lr", "1e-3"]
+    with pytest.MonkeyPatch.context() as patch:
+        without_pictures(patch)
+        for name, steps in (("with", "3"), ("without", "0")):
+            main(arguments(npy, out / name, *flags, "--sml-steps", steps))
+    return out / "with", out / "without"
+
+
+def test_steps_of_sml_begin_after_the_last_epoch_at_the_best_weights_and_leave_the_epochs_as_they_are(with_sml):
+    (*before, last), without = (timeless(rows(out)) for out in with_sml)
+    figures = [{k: v for k, v in row.items() if not k.startswith(("best", "test"))} for row in without]
+    assert before == figures  # score matching alone
+    assert (last["epoch"], last["step"], last["sml_steps"]) == (3, before[-1]["step"] + 3, 3)
+    assert last["before_sml_test_nll"] == without[-1]["test_nll"]
+    assert last["val_nll"] != before[-1]["val_nll"] and 0 < rows(with_sml[0])[-1]["sml_share_of_time"] < 1
+
+
+def test_a_run_killed_before_its_steps_of_sml_ends_where_an_undisturbed_one_ends(with_sml, npy, tmp_path, monkeypatch,
+                                                                                no_pictures):
+    whole, flags = with_sml[0], ["--lr", "1e-3", "--sml-lr", "1e-3", "--sml-steps", "3"]
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        stop_after(patch, 3)  # checkpoints, of epochs 0, 1 and 2
+        main(arguments(npy, tmp_path / "run", *flags))
+    for _ in range(2):  # the second time it has nothing left to do
+        main(arguments(npy, tmp_path / "run", *flags, "--resume"))
+        assert_same_bits(checkpoint(whole)["state"], checkpoint(tmp_path / "run")["state"])
+        assert timeless(rows(whole))[:-1] == timeless(rows(tmp_path / "run"))[:-1]
+
+
+def test_where_steps_of_sml_raise_the_nll_or_fail_the_flow_before_them_is_kept(npy, tmp_path, monkeypatch, no_pictures,
+                                                                               capsys):
+    """Each step has its rows of the data and so many samples of the model, at its own learning rate."""
+    seen, first = [], ["--epochs", "1", "--batch-size", "50", "--sml-steps", "2", "--model-samples", "30"]
+
+    def worse(model, x, **config):
+        seen.append((len(x), config["model_samples"]))
+        return -OBJECTIVES["ml"](model, x)
+
+    with monkeypatch.context() as patch:
+        patch.setitem(OBJECTIVES, "sml", worse)
+        main(arguments(npy, tmp_path / "worse", *first, "--sml-lr", "0.1"))
+    last = rows(tmp_path / "worse")[-1]
+    assert seen == [(50, 30)] * 2 and last["best_epoch"] == 1 and last["test_nll"] == last["before_sml_test_nll"]
+    monkeypatch.setitem(OBJECTIVES, "sml", lambda model, x, **_: math.nan * OBJECTIVES["ml"](model, x))
+    line = fails(capsys, *arguments(npy, tmp_path / "lost", *first))
+    assert "epoch 2, step 1" in line and checkpoint(tmp_path / "lost")["state"]["best"]["epoch"] == 1
