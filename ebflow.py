@@ -42,7 +42,8 @@ class EBFlow(nn.Module):
 
     def inverse(self, u):
         """x = g⁻¹(u).   (B, *shapes[-1]) -> (B, *shape)   Raises torch.linalg.LinAlgError if a weight is singular."""
-        u = u.reshape(len(u), *self.shapes[-1])
+        if u.shape[1:] != self.shapes[-1]:
+            raise ValueError(f"u must have the event shape {self.shapes[-1]}, not {tuple(u.shape[1:])}")
         for layer in reversed(self.layers):
             u = layer.inverse(u)
         return u
@@ -59,11 +60,11 @@ class EBFlow(nn.Module):
         """log Z = -Σ_{i∈S_l} log|det J_i|, exact: the O(D³) part (poster, Eq. (9)).   -> ()
 
         In float64 under torch.no_grad. Where a gradient is taken, in float32 or longer (layers.py: precise).
-        ∞ if a weight is singular, or for a convolution nan.
+        ∞ if a weight is singular; for a convolution it can be nan.
         """
         zero = torch.zeros((), dtype=torch.float64)  # a () tensor adds to one on any device
-        return -sum((layer.log_abs_det(shape).view(()) for layer, shape in zip(self.layers, self.shapes)
-                     if isinstance(layer, LinearLayer)), start=zero)
+        pairs = zip(self.layers, self.shapes[:-1], strict=True)
+        return -sum((layer.log_abs_det(shape).view(()) for layer, shape in pairs if isinstance(layer, LinearLayer)), zero)
 
     def log_prob(self, x):
         """log p(x) = -E(x) - log Z, in nats (poster, Eq. (8)).   (B, *shape) -> (B,)"""
@@ -168,9 +169,9 @@ def toy_flow(dim=2, blocks=10, width=64):
 def glow_flow(shape=(1, 28, 28), width=512, depth=16, blocks=2, floor=0.0, tanh=False):
     """Blocks of a squeeze and `depth` × (actnorm, 1×1 convolution, affine coupling): the paper's Glow.
 
-    Half of the channels pass to the prior after each block but the last. The last actnorm is the mean and variance of
-    that prior. The couplings' networks have `width` channels and end in zeros, so all couplings start at one scale and
-    at shift 0. With `tanh`, the couplings are the published ones, whose networks have LeakyReLU(0.1). ours: sigmoid
+    Half of the channels pass to the prior after each block but the last. The last actnorm stands for a trained mean and
+    variance of that prior. The couplings' networks have `width` channels and end in zeros, so all couplings start at
+    one scale and at shift 0. With `tanh`, the couplings are the published ones, whose networks have LeakyReLU(0.1). ours: sigmoid
     scales, SiLU, and the `floor` under the scales. The published flow splits channels off by one more coupling, which
     this one lacks. Raises ValueError unless 2^blocks divides H and W.
     """

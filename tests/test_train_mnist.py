@@ -468,8 +468,9 @@ def test_a_run_killed_before_its_steps_of_sml_ends_where_an_undisturbed_one_ends
 
 def test_where_steps_of_sml_raise_the_nll_or_fail_the_flow_before_them_is_kept(npy, tmp_path, monkeypatch, no_pictures,
                                                                                capsys):
-    """Each step has its rows of the data and so many samples of the model, at its own learning rate."""
-    seen, first = [], ["--epochs", "1", "--batch-size", "50", "--sml-steps", "2", "--model-samples", "30"]
+    """Each step has its rows of the data and so many samples of the model, at its own learning rate. An epoch has 5."""
+    seen, rates, rate = [], [], train_mnist.learning_rate
+    first = ["--epochs", "1", "--batch-size", "50", "--sml-steps", "7", "--model-samples", "30"]
 
     def worse(model, x, **config):
         seen.append((len(x), config["model_samples"]))
@@ -477,9 +478,11 @@ def test_where_steps_of_sml_raise_the_nll_or_fail_the_flow_before_them_is_kept(n
 
     with monkeypatch.context() as patch:
         patch.setitem(OBJECTIVES, "sml", worse)
+        patch.setattr(train_mnist, "learning_rate", lambda *args: rates.append(rate(*args)) or rates[-1])
         main(arguments(npy, tmp_path / "worse", *first, "--sml-lr", "0.1"))
     last = rows(tmp_path / "worse")[-1]
-    assert seen == [(50, 30)] * 2 and last["best_epoch"] == 1 and last["test_nll"] == last["before_sml_test_nll"]
+    assert seen == [(50, 30)] * 7 and rates[5:] == [0.1] * 7
+    assert last["best_epoch"] == 1 and last["test_nll"] == last["before_sml_test_nll"]
     monkeypatch.setitem(OBJECTIVES, "sml", lambda model, x, **_: math.nan * OBJECTIVES["ml"](model, x))
     line = fails(capsys, *arguments(npy, tmp_path / "lost", *first))
     assert "epoch 2, step 1" in line and checkpoint(tmp_path / "lost")["state"]["best"]["epoch"] == 1
