@@ -138,8 +138,8 @@ def fc_flow(dim=784, alpha=0.3, diagonal=1.0, bias=0.0, bend=None, ratio=1.0):
 def cnn_flow(shape=(1, 28, 28), kernel_size=7, blocks=3, alpha=0.3, diagonal=-1.0, bias=0.01, bend=None):
     """Two unconstrained convolutions in each block, a squeeze between the blocks: the paper's CNN.
 
-    A smooth leaky ReLU follows every convolution but the last. Biases start at random, N(0, (bias · Xavier's std)²).
-    Raises ValueError unless 2^(blocks - 1) divides H and W. ours: `bend`.
+    A smooth leaky ReLU follows every convolution but the last. Kernels start at diagonal · identity, biases at random,
+    N(0, (bias · Xavier's std)²). Raises ValueError unless 2^(blocks - 1) divides H and W. ours: `bend`.
     """
     layers, channels = [], shape[0]
     for block in range(blocks):

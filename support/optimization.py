@@ -13,7 +13,7 @@ def trainable(model):
 def cosine(progress, plateau=0.0):
     """The learning rate as a fraction of its peak. `progress` is the fraction of the run that is over.
 
-    It rises linearly over the first 5 %. From `plateau` on it falls to 0 along half a cosine.
+    It rises linearly from 0 over the first 5 %. From `plateau` on it falls to 0 along half a cosine.
     """
     fall = max(0.0, (progress - plateau) / (1 - plateau))
     return min(1.0, progress / 0.05) * 0.5 * (1 + math.cos(math.pi * fall))

@@ -266,7 +266,7 @@ CHANGES = [
     ("sampling.py", "else start.to(x).view_as(x), x)", "else start, x)", "wrong_uses raises_or"),
     ("sampling.py", "flow.sample(len(x)).to(x).view_as(x)", "flow.sample(len(x)).to(x)", "wrong_uses raises_or"),
     ("sampling.py", "    if y.shape != x.shape[:1]:\n", "    if False:\n", "wrong_uses energy"),
-    # ---- mixtures, support/judge.py, train_ebm.py
+    # ---- mixtures, judge.py, train_ebm.py
     ("densities.py", "(torch.arange(K, dtype=torch.float64) + 0.5)", "torch.arange(K, dtype=torch.float64)",
      "toys equally_far"),
     ("densities.py", "distance / (2 * math.sin(math.pi / K))", "distance / 2", "toys equally_far"),

@@ -1,6 +1,7 @@
 """The experiments: tables hold what the runs measured, operations are counted by formulas, and each script runs."""
 
 import json
+import math
 import shutil
 from itertools import product
 from pathlib import Path
@@ -15,7 +16,7 @@ import train_toy
 from data import dequantize, load_images
 from densities import TOYS
 from ebflow import EBFlow
-from experiments import ablation, completed, imputation, passed_on, read_metrics, runtime, sheet, speed, tables
+from experiments import ablation, completed, imputation, mass, passed_on, read_metrics, runtime, sheet, speed, tables
 from losses import OBJECTIVES
 from support import plots
 from support.run import RunError
@@ -291,3 +292,10 @@ def test_the_table_of_speed_has_a_row_for_each_objective_and_ratios_of_its_times
     for row in rows:
         plain, here, ratio, over_floor = map(float, row.strip(" |").split(" | ")[1:])
         assert ratio == pytest.approx(here / plain, rel=0.05) and over_floor > 1
+
+
+def test_the_spread_of_draws_is_their_median_distance_and_their_widest_direction():
+    z = torch.zeros(4, 100)
+    z[:, 0] = torch.tensor([3.0, -3.0, 3.0, -3.0])
+    z[:, 1] = torch.tensor([1.0, 1.0, -1.0, -1.0])
+    assert mass.spread(z) == pytest.approx((math.sqrt(3**2 + 1) / 10, 3.0))
