@@ -63,8 +63,9 @@ class EBFlow(nn.Module):
         ∞ if a weight is singular; for a convolution it can be nan.
         """
         zero = torch.zeros((), dtype=torch.float64)  # a () tensor adds to one on any device
-        pairs = zip(self.layers, self.shapes[:-1], strict=True)
-        return -sum((layer.log_abs_det(shape).view(()) for layer, shape in pairs if isinstance(layer, LinearLayer)), zero)
+        return -sum((layer.log_abs_det(shape).view(())
+                     for layer, shape in zip(self.layers, self.shapes[:-1], strict=True)
+                     if isinstance(layer, LinearLayer)), start=zero)
 
     def log_prob(self, x):
         """log p(x) = -E(x) - log Z, in nats (poster, Eq. (8)).   (B, *shape) -> (B,)"""
@@ -171,9 +172,9 @@ def glow_flow(shape=(1, 28, 28), width=512, depth=16, blocks=2, floor=0.0, tanh=
 
     Half of the channels pass to the prior after each block but the last. The last actnorm stands for a trained mean and
     variance of that prior. The couplings' networks have `width` channels and end in zeros, so all couplings start at
-    one scale and at shift 0. With `tanh`, the couplings are the published ones, whose networks have LeakyReLU(0.1). ours: sigmoid
-    scales, SiLU, and the `floor` under the scales. The published flow splits channels off by one more coupling, which
-    this one lacks. Raises ValueError unless 2^blocks divides H and W.
+    one scale and at shift 0. With `tanh`, the couplings are the published ones, whose networks have LeakyReLU(0.1).
+    ours: sigmoid scales, SiLU, and the `floor` under the scales. The published flow splits channels off by one more
+    coupling, which this one lacks. Raises ValueError unless 2^blocks divides H and W.
     """
     def network(n, m):
         last = nn.Conv2d(width, m, 3, padding=1)

@@ -456,6 +456,6 @@ def verify(layer, shape, x=None):
         for what, found, expected in (
                 ("log|det J| differs from that of the Jacobian", found.view(() if linear else len(x)),
                  torch.linalg.slogdet(J).logabsdet),
-                ("the output depends on the rest of the batch", y, alone), ("the inverse misses x", layer.inverse(y), x)):
+                ("the output depends on the rest of the batch", y, alone), ("inverse misses x", layer.inverse(y), x)):
             if not (size := (found - expected).abs().max()) < 1e-6:
                 raise ValueError(f"{type(layer).__name__}: {what} by up to {size:.3g}")

@@ -3,8 +3,8 @@
     python -m experiments.mass
 
 Trains FC by dsm with its steps of sml, without them, by these steps alone, and not at all; and by ml for seven epochs,
-which take as long. NLL hardly sees how much mass lies elsewhere. So draws of each flow are compared with test images, in
-coordinates in which the training images have mean 0 and covariance I:
+which take as long. NLL hardly sees how much mass lies elsewhere. So draws of each flow are compared with test images,
+in coordinates in which the training images have mean 0 and covariance I:
 
     median   of the distance to the mean, divided by √D, over 2,000 draws
     widest   the largest root mean square in one direction, divided by that of 2,000 images

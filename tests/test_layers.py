@@ -288,7 +288,8 @@ def wrong(layer, **methods):
     (wrong(SmoothLeakyReLU(), inverse=lambda x: x * math.nan), (3,), r"Wrong: .*inverse .* nan$"),
     (wrong(Squeeze(), inverse=lambda x: x.flip(2)), (1, 2, 2), "Wrong: .*inverse"),
     (wrong(Squeeze(), inverse=lambda x: x.flip(2), log_abs_det=lambda d: d + 1), (1, 2, 2), r"Wrong: .*det.* 1$"),
-    (wrong(FullyConnected(3), forward=lambda y: y.roll(1, 0), inverse=lambda x: x.roll(-1, 0)), (3,), "rest of the batch")])
+    (wrong(FullyConnected(3), forward=lambda y: y.roll(1, 0), inverse=lambda x: x.roll(-1, 0)), (3,),
+     "rest of the batch")])
 def test_verify_names_a_wrong_log_determinant_a_wrong_inverse_or_a_mixed_batch_and_by_how_much(layer, shape, message):
     before = [p.clone() for p in layer.parameters()]
     with pytest.raises(ValueError, match=message):
