@@ -37,7 +37,7 @@ def spread(z):
 
 
 def measure(own, out, whitened, images):
-    """Trains a flow.   -> dict: NLLs, median and widest of its draws and of the images, minutes, some draws as bytes
+    """Trains a flow.   -> dict: NLLs, median and widest of its draws and of the images, minutes, SHOWN draws as bytes in hex
 
     whitened  a run whose pre-processing whitens; the flow by ml has the first three of these layers, and no whitening
     """
@@ -51,7 +51,7 @@ def measure(own, out, whitened, images):
         EBFlow(pre, flow.shape)(dequantize(images[:2000]).flatten(1)))
     return {"val_nll": metrics[-1]["best_val_nll"], "test_nll": metrics[-1]["test_nll"], "median": median,
             "images_median": own_median, "widest": widest / own_widest, "minutes": metrics[-1]["seconds"] / 60,
-            "draws": x.clamp(0, 255).byte().tolist()}
+            "draws": bytes(x.clamp(0, 255).byte().flatten().tolist()).hex()}
 
 
 def rows(runs):
@@ -75,8 +75,8 @@ def main(argv=None):
                                                    runs / "the-start", images)
         path = a.results / "mass.json"
         runs = completed(path, jobs, command="python -m experiments.mass")
-        draws = torch.tensor([runs[f"{cell}, seed 0"]["draws"] for cell in CELLS])
-        plots.save(path.with_suffix(".png"), sheet(draws, images.shape[1:], down=CELLS))
+        draws = torch.tensor([[*bytes.fromhex(runs[f"{cell}, seed 0"]["draws"])] for cell in CELLS])
+        plots.save(path.with_suffix(".png"), sheet(draws.view(len(CELLS), SHOWN, -1), images.shape[1:], down=CELLS))
         print(*rows(runs), sep="\n")
 
 
