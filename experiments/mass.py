@@ -37,7 +37,7 @@ def spread(z):
 
 
 def measure(own, out, whitened, images):
-    """Trains a flow.   -> dict: NLLs, median and widest of its draws and of the images, minutes, SHOWN draws as bytes in hex
+    """Trains a flow.   -> dict: NLLs, median and widest of its draws and of the images, minutes, draws as bytes in hex
 
     whitened  a run whose pre-processing whitens; the flow by ml has the first three of these layers, and no whitening
     """
