@@ -5,13 +5,13 @@
 D is the number of elements of one event and ∇ is ∇_x. Each function returns a scalar: the mean over the batch of a sum
 over dimensions. `ssm` and `fdssm` estimate `sm`; `dsm` is `sm` at the noisy points, plus the constant D/2σ².
 
-    objective  needs                            cost of one gradient for L linear layers
-    ml         the exact log-density            O(D³L)   determinants
-    sml        samples of the model             O(D³L)   the inverse
+    objective  needs                            cost of one gradient for L linear layers and a batch of B
+    ml         the exact log-density            O(BD²L + D³L)   determinants
+    sml        samples of the model             O(BD²L + D³L)   the inverse
     sm         the trace of the Hessian         D backward passes
-    ssm        one Hessian-vector product       O(D²L)
-    fdssm      three energies and no ∇_x        O(D²L)
-    dsm        one score                        O(D²L)
+    ssm        one Hessian-vector product       O(BD²L)
+    fdssm      three energies and no ∇_x        O(BD²L)
+    dsm        one score                        O(BD²L)
 
 The last four see only differences and derivatives of the energy in x. An additive constant such as log Z changes
 neither, so it gets no gradient. Every random tensor can be passed in. `sm` and `ssm` need a continuous ∇E: for a

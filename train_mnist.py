@@ -95,7 +95,8 @@ def train(s, device, rank=0, size=1):
         if epoch > s.epochs:  # ours: score matching does not see how much mass lies elsewhere, samples of the model do
             model.load_state_dict(best["model"])
             before = evaluate("before_sml_test", model, test_set)
-            phase = replace(s, loss="sml", lr=s.sml_lr, schedule="steps", decay=1.0, energy_weight=0.0)
+            phase = replace(s, loss="sml", lr=s.sml_lr, schedule="steps", decay=1.0, energy_weight=0.0,
+                            compile=False)
             first, batches = 0, batches.repeat(1 + s.sml_steps // steps, 1)[:s.sml_steps]
             step, optimizer = make_step(phase, pre, flow, model, averaged)
         for n, index in enumerate(run.watch(epoch, batches), first):

@@ -11,7 +11,7 @@ One run fills one directory: density.png, curves.png, metrics.jsonl, config.json
 
 import copy
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -26,8 +26,9 @@ from support.optimization import cosine, trainable, update_average
 from support.run import Run, one_line_errors, read_checkpoint
 from support.settings import setting
 
-MATCHING = dict(start_smoothing=6.0, anneal=0.85)
-RECIPES = {"ssm": MATCHING, "dsm": MATCHING | dict(anneal=0.7, plateau=0.5), "fdssm": MATCHING}
+HOT = dict(start_smoothing=6.0, anneal=0.85, sml_steps=100)
+RECIPES = {"ssm": HOT, "dsm": HOT | dict(anneal=0.7, plateau=0.5), "fdssm": HOT}
+MATCHING = RECIPES.keys()
 
 
 @dataclass
@@ -43,7 +44,8 @@ class Settings(settings.Settings):
     width: int = setting(64, "units in the couplings' networks", above=0)
     start_smoothing: float = setting(2.0, "ours: noise on the points at the start; it falls to 0.375", least=0.375)
     anneal: float = setting(0.5, "ours: fraction of the run in which it falls", above=0, most=1)
-    model_samples: int = setting(512, "samples of the model in a step", above=0, of=("sml",))
+    model_samples: int = setting(512, "samples of the model in a step of sml", above=0, of=("sml", *MATCHING))
+    sml_steps: int = setting(0, "ours: steps of sml after the epochs; 0: none", least=0, of=MATCHING)
     xi: float = setting(0.2, "length ξ of the finite difference", above=0, of=("fdssm",))
     test_points: int = setting(20_000, "points that the final figures are means over", least=8)
     compile: bool = setting(False, "torch.compile the gradient", decides=False)
@@ -64,24 +66,33 @@ def train(s, device):
 
     run = Run(s, {"model": flow, "averaged": averaged, "optimizer": optimizer})
     best = run.state.get("best", {"epoch": 0, "val_nll": math.inf, "model": {}})
-    for epoch in range(run.state["epoch"] + 1, s.epochs + 1):          # epoch 0 shows what the start alone is worth
+    for epoch in range(run.state["epoch"] + 1, s.epochs + 1 + (s.sml_steps > 0)):  # 0 shows what the start is worth
         torch.manual_seed(1_000_003 * s.seed + epoch)                  # a resumed run has no generator to restore
-        for i in run.watch(epoch, range(s.steps if epoch else 0)):
-            n = (epoch - 1) * s.steps + i
-            progress = n / (s.epochs * s.steps)
-            optimizer.param_groups[0]["lr"] = s.lr * cosine(progress, s.plateau)
-            sigma = noise_level(s, progress)
-            x = toy.sample(s.batch_size, device, 0.0 if s.loss == "dsm" else sigma)  # dsm adds it itself
+        phase, before = s, {}
+        first, steps = (epoch - 1) * s.steps, s.steps if epoch else 0  # first: the steps before this epoch
+        if epoch > s.epochs:  # ours: score matching does not see how much mass lies elsewhere, samples of the model do
+            flow.load_state_dict(best["model"])
+            before = divergences("before_sml_test", flow, *test)
+            phase = replace(s, loss="sml", epochs=1, steps=s.sml_steps, start_smoothing=Toy.smoothing, compile=False)
+            step, optimizer = make_step(phase, flow, averaged)
+            first, steps = 0, s.sml_steps
+        for n in run.watch(epoch, range(first, first + steps)):
+            progress = n / (phase.epochs * phase.steps)
+            optimizer.param_groups[0]["lr"] = phase.lr * cosine(progress, phase.plateau)
+            sigma = noise_level(phase, progress)
+            x = toy.sample(s.batch_size, device, 0.0 if phase.loss == "dsm" else sigma)  # dsm adds it itself
             run.record(step(x, torch.tensor(sigma, dtype=torch.float64, device=device), n))
 
-        row = {"epoch": epoch, "step": epoch * s.steps, "loss": None} | run.means
+        done = run.metrics[-1]["step"] if run.metrics else 0
+        row = {"epoch": epoch, "step": done + steps, "loss": None} | run.means | before
         row |= divergences("val", averaged, *val)
         if epoch and row["val_nll"] < best["val_nll"]:
             best = {"epoch": epoch, "val_nll": row["val_nll"], "model": copy.deepcopy(averaged.state_dict())}
         run.save(row, {"epoch": epoch, "best": best}, shown=("val_kl", "val_fisher", "batches_per_second"))
 
     flow.load_state_dict(best["model"])
-    run.finish(divergences("test", flow, *test) | {"best_epoch": best["epoch"]})
+    kept = {"sml_steps": s.sml_steps, "sml_kept": best["epoch"] > s.epochs} if s.sml_steps else {}
+    run.finish(divergences("test", flow, *test) | {"best_epoch": best["epoch"]} | kept)
     plots.save(s.out / "curves.png", plots.curves(run.metrics, s.loss))
     plots.save(s.out / "density.png", plots.toy(flow, toy, test[0]))
 

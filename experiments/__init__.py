@@ -3,6 +3,7 @@
 import argparse
 import json
 import platform
+import re
 import sys
 from pathlib import Path
 
@@ -61,8 +62,11 @@ def read_metrics(directory):
 
 def machine():
     """What the figures of an experiment were measured on, in words."""
+    cpuinfo = Path("/proc/cpuinfo")  # on Linux
+    model = re.search(r"model name\s*: (.*)", cpuinfo.read_text() if cpuinfo.exists() else "")
+    cpu = f"{model[1] if model else platform.machine()} with {torch.backends.cpu.get_cpu_capability()}"
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
-    return f"{platform.machine()}, {torch.get_num_threads()} threads{gpu}, torch {torch.__version__}"
+    return f"{cpu}, {torch.get_num_threads()} threads{gpu}, torch {torch.__version__}"
 
 
 def record(path, result):
@@ -98,14 +102,15 @@ def panels(rows, columns, width, height, **more):
     return figure, axes
 
 
-def sheet(images, shape, across=(), down=()):
-    """Images in a grid, with words above its columns and beside its rows.   (rows, columns, …) -> figure"""
+def sheet(images, shape, down):
+    """Images in a grid, with words beside its rows.   (rows, columns, …) -> figure"""
     rows, columns, (C, H, W) = *images.shape[:2], shape
-    figure = Figure(figsize=(0.5 * columns + 1.5 * bool(down), 0.52 * rows + 0.3 * bool(across)), layout="constrained")
-    axes = figure.subplots()
+    left, width, height = 0.1 * max(map(len, down)), 0.5 * columns, 0.5 * rows * H / W  # inches
+    figure = Figure(figsize=(left + width, height))
+    axes = figure.add_axes((left / (left + width), 0, width / (left + width), 1))
     pixels = images.view(rows, columns, C, H, W).permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)  # (rows H, …, C)
     axes.imshow(pixels.clamp(0, 256).numpy() / 256, cmap="gray", vmin=0, vmax=1)
-    axes.set_xticks([W * (i + 0.5) for i in range(len(across))], across, fontsize="xx-small")
-    axes.set_yticks([H * (i + 0.5) for i in range(len(down))], down, fontsize="small")
-    axes.tick_params(length=0, top=True, labeltop=True, bottom=False, labelbottom=False)
+    axes.set(xticks=[], yticks=[])
+    axes.set_yticks([H * (i + 0.5) for i in range(rows)], down)
+    axes.tick_params(length=0)
     return figure

@@ -12,11 +12,9 @@ docs/results.md. Source: Grenioux, Moulines, Gabrié (2023), the experiments on 
 """
 
 import re
-import statistics
 from dataclasses import replace
 from functools import partial
-from itertools import groupby, product
-from math import inf
+from itertools import product
 from types import SimpleNamespace
 
 import torch
@@ -78,38 +76,36 @@ def evaluations(s):
 
 
 def rows(runs):
-    """The table of docs/results.md: a figure for each seed, "elsewhere" where p_θ has no mass around the true modes."""
-    ordered = sorted(runs.values(), key=lambda row: (row["dim"], [*CELLS].index(row["cell"]), row["seed"]))
-    for (dim, cell), seeds in groupby(ordered, key=lambda row: (row["dim"], row["cell"])):
-        seeds = [*seeds]
+    """The table of docs/results.md: total variation in each dimension, from the least to the largest of the seeds.
 
-        def each(key, form):
-            return ", ".join("elsewhere" if row.get(key) is None else format(row[key], form) for row in seeds)
-
-        def over(key, form, reduce=statistics.mean):
-            known = [row[key] for row in seeds if row.get(key) is not None]
-            return format(reduce(known), form) if known else "–"
-
-        unseen = any(row.get("followed", inf) < 50 * (row.get("autocorrelation_time") or inf) for row in seeds)
-        tau = "too long to see" if unseen else over("autocorrelation_time", ".0f")
-        yield (f"| {dim} | {cell} | {each('tv', '.4f')} | {over('tv_se', '.4f', max)} | {each('draws_tv', '.3f')} | "
-               f"{each('test_kl', '.3f')} | {over('test_kl_se', '.3f')} | {over('global_acceptance', '.2f')} | "
-               f"{over('flow_ess', '.0%')} | {tau} | {over('evaluations', '.0f')} |")
+    "elsewhere" stands for seeds in which p_θ has no mass around the true modes.
+    """
+    dims = sorted({row["dim"] for row in runs.values()})
+    for cell in CELLS:
+        own, cells = [row for row in runs.values() if row["cell"] == cell], []
+        for dim in dims:
+            tvs = [row.get("tv") for row in own if row["dim"] == dim]
+            known = [f"{tv:.3f}" for tv in sorted(tv for tv in tvs if tv is not None)]
+            ends = "–".join(dict.fromkeys([*known[:1], *known[-1:]]))
+            cells.append(", ".join([ends] * bool(ends) + ["elsewhere"] * (None in tvs)) or "–")
+        if own:
+            price = own[0].get("evaluations")
+            yield " | ".join([f"| {cell}", *cells, "–" if price is None else f"{price:.0f}"]) + " |"
 
 
 def curves(runs):
-    """The total variation between true and learnt mode weights against training steps: a panel for each dimension."""
-    dims = sorted({row["dim"] for row in runs.values()})
-    figure, [row_of_axes] = panels(1, len(dims), 1.2 + 2.4 * len(dims), 3.2, sharey=True)
+    """The total variation between true and learnt mode weights against training steps: a line for each seed."""
+    dims = sorted({row["dim"] for row in runs.values()})[::2]
+    figure, [row_of_axes] = panels(1, len(dims), 1.6 + 2.8 * len(dims), 3.4, sharex=True, sharey=True)
     for axes, dim in zip(row_of_axes, dims):
-        for i, cell in enumerate(SHOWN):
-            axes.plot([], [], color=f"C{i}", label=cell)
+        for cell, color in zip(SHOWN, plots.OTHERS):
+            axes.plot([], [], color=color, label=cell)
             for row in runs.values():
                 if (row["dim"], row["cell"]) == (dim, cell):
-                    axes.plot(*zip(*row["tv_by_step"]), color=f"C{i}", lw=1.2, alpha=0.8)
+                    axes.plot(*zip(*row["tv_by_step"]), color=color, lw=1.2)
         axes.set(xlabel="training steps", title=f"{dim} dimensions", yscale="log", ylim=(5e-4, 1))
     row_of_axes[0].set_ylabel("total variation of mode weights")
-    row_of_axes[0].legend(fontsize="small")
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside right center")
     return figure
 
 
@@ -125,12 +121,12 @@ def planes(runs, checkpoints):
         model.load_state_dict(checkpoint["state"]["averaged"])
         if cell == "flow":
             log_probs["flow: the proposals q_α"] = model.flow.log_prob
-        log_probs[f"{cell}: p_θ, total variation {row['tv']:.3f}"] = (
+        log_probs[f"{cell}: p_θ, TV {row['tv']:.3f}"] = (
             lambda x, energy=model.energy, log_z=row["log_z"]: -energy(x) - log_z)
-    figure, [row_of_axes] = panels(1, len(log_probs), 3.2 * len(log_probs), 3.5)
-    for axes, (title, log_prob) in zip(row_of_axes, log_probs.items()):
-        plots.image(axes, lambda x: log_prob(x).exp(), x, vmin=0, vmax=data.log_prob(x).max().exp().item())
-        axes.set_title(title, fontsize="medium")
+    figure, axes = panels(2, 3, 8.4, 6)
+    for one, (title, log_prob) in zip(axes.flat, log_probs.items()):
+        plots.image(one, lambda x: log_prob(x).exp(), x, vmin=0, vmax=data.log_prob(x).max().exp().item())
+        one.set_title(title)
     return figure
 
 

@@ -96,16 +96,17 @@ def predicted(row):
 def picture(by_samples, by_dimension):
     """The error against draws and against D, a line for each q."""
     figure, [[left, right]] = panels(1, 2, 9, 3.6, sharey=True)
-    for axes, rows, key in ((left, by_samples, "samples"), (right, by_dimension, "D")):
-        for i, name in enumerate(PROPOSALS):
+    D, n, c = by_samples[0]["D"], by_dimension[0]["samples"], by_samples[0]["c"]
+    for axes, rows, key, label, title in ((left, by_samples, "samples", "draws", f"D = {D}, W = I + {c:g} G/√D"),
+                                          (right, by_dimension, "D", "D", f"{n:,} draws")):
+        for name, color, style in zip(PROPOSALS, plots.OTHERS, ("o-", "s--", "o-")):
             own = [row for row in rows if row["q"] == name]
             x = [row[key] for row in own]
-            axes.loglog(x, [row["rmse"] for row in own], "o-", color=f"C{i}", ms=4, label=name)
-            axes.loglog(x, [predicted(row) or math.nan for row in own], ":", color=f"C{i}")
-    D, n, c = by_samples[0]["D"], by_dimension[0]["samples"], by_samples[0]["c"]
-    left.set(xlabel="draws", ylabel="error of log|det W| (nats)", title=f"D = {D}, W = I + {c:g} G/√D",
-             ylim=(1e-4, 2 * max(row["rmse"] for row in by_dimension)))
-    right.set(xlabel="D", title=f"{n:,} draws (dotted: closed form)")
+            axes.loglog(x, [row["rmse"] for row in own], style, color=color, ms=4, label=name)
+            axes.loglog(x, [predicted(row) or math.nan for row in own], "k:", zorder=3)
+        axes.loglog([], [], "k:", label="closed form")
+        axes.set(xlabel=label, title=title)
+    left.set_ylabel("error of log|det W| (nats)")
     left.legend()
     return figure
 

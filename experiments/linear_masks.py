@@ -24,7 +24,7 @@ from tqdm import tqdm
 import losses
 from densities import gauss_legendre
 from ebflow import EBFlow
-from experiments import command_line, panels, record
+from experiments import command_line, machine, panels, record
 from layers import ActNorm, FullyConnected, SmoothLeakyReLU
 from support import plots
 from support.run import one_line_errors
@@ -86,21 +86,17 @@ def train(name, seed):
     return nlls
 
 
-def picture(curves, floor):
-    """NLL against steps, and the entropy under the gap in the axis."""
-    figure, [[top], [bottom]] = panels(2, 1, 6.5, 4.2, sharex=True, height_ratios=[6, 1])
-    for i, (name, runs) in enumerate(curves.items()):
+def picture(curves, entropy):
+    """NLL against steps: a line for each seed, with the mean of the last NLLs."""
+    figure, [[axes]] = panels(1, 1, 7, 3.8)
+    for (name, runs), color in zip(curves.items(), plots.OTHERS):
         for run in runs:
-            top.plot(range(0, STEPS + 1, STEPS // 100), run, color=f"C{i}", lw=1, alpha=0.8,
-                     label=f"{name}, {sum(r[-1] for r in runs) / len(runs):.2f}" if run is runs[0] else None)
-    last, early = ([run[k] for runs in curves.values() for run in runs] for k in (-1, len(runs[0]) // 20))
-    top.set(ylabel="NLL (nats)", title="ten dimensions, flows of ten blocks", ylim=(min(last) - 0.5, max(early)))
-    top.legend()
-    bottom.axhline(floor, color="k", ls=":", label=f"entropy, {floor:.2f}")
-    bottom.set(xlabel="steps", ylim=(floor - 1, floor + 1))
-    bottom.legend(loc="center right")
-    top.spines["bottom"].set_visible(False)
-    bottom.spines["top"].set_visible(False)
+            axes.plot(range(0, STEPS + 1, STEPS // 100), run, color=color, lw=1)
+        axes.plot([], [], color=color, label=f"{name}, {sum(run[-1] for run in runs) / len(runs):.2f}")
+    early, last = ([run[k] for runs in curves.values() for run in runs] for k in (5, -1))
+    axes.set(xlabel="steps", ylabel="NLL (nats)", ylim=(min(last) - 0.5, max(early)),
+             title=f"four kinds of linear layers; the entropy of the data is {entropy:.1f} nats")
+    axes.legend()
     return figure
 
 
@@ -114,7 +110,9 @@ def main(argv=None):
         record(a.results / "linear-masks.json", {
             "entropy": floor, "entropy_se": error,
             "nll": {name: [run[-1] for run in runs] for name, runs in curves.items()},
-            "command": "python -m experiments.linear_masks", "steps": STEPS, "batch_size": BATCH_SIZE, "lr": LR})
+            "curves": {name: [[round(nll, 3) for nll in run] for run in runs] for name, runs in curves.items()},
+            "command": "python -m experiments.linear_masks", "machine": machine(), "steps": STEPS,
+            "batch_size": BATCH_SIZE, "lr": LR})
         plots.save(a.results / "linear-masks.png", picture(curves, floor))
     print(f"entropy          {floor:.3f} ± {error:.3f}")
     print(*(f"{name:16} " + ", ".join(f"{run[-1]:.3f}" for run in runs) for name, runs in curves.items()), sep="\n")

@@ -12,16 +12,19 @@ the gradient of the loss at its output xWᵀ + b:
               ½(Wᵀ - (δW)ᵀ(xWᵀ)), and λ E‖R(Wx) - x‖², with x held constant, ties the two together (Keller et al. 2021)
     ssm, dsm  as in `losses.py`
 
-The comparison starts from centred pixels or from whitened ones; the time to whiten counts. In the race an image is n
-MNIST digits beside each other, drawn at random for every batch, so D = 784 n. Its entropy per digit is that of a digit
-alone, so the level is the same for all D. Each run starts from centred pixels, two matrices I, and a last actnorm that
-every tenth step sets to mean 0 and variance 1 of its output.
+The comparison starts from whitened pixels; the time to whiten counts. A batch has 200 images, for ssm and dsm 100. In
+the race an image is n MNIST digits beside each other, drawn at random for every batch, so D = 784 n. Its entropy per
+digit is that of a digit alone, so the level is the same for all D. A batch has 500 images for ml and relative, 100 for
+ssm and dsm. Each run starts from centred pixels, two matrices I, and a last actnorm. Every tenth step sets its output
+to mean 0 and variance 1.
 
 The NLL is exact, that of the averaged parameters, and computed outside the measured time. Writes results/rivals.json or
-results/race-DEVICE.json after every run, and continues from it; then the figure. Prints the table of docs/results.md.
+results/race-DEVICE.json after every run, and continues from it; then rivals.png, or race.png with a panel for each
+device. Prints the table of docs/results.md.
 """
 
 import copy
+import json
 import math
 import statistics
 import time
@@ -30,7 +33,7 @@ from functools import partial
 
 import torch
 import torch.nn as nn
-from matplotlib.ticker import LogLocator, NullFormatter
+from matplotlib.ticker import FixedLocator, LogLocator, NullFormatter, NullLocator
 from torch.autograd.function import once_differentiable
 
 import losses
@@ -45,18 +48,13 @@ from support.run import one_line_errors
 
 STEPS, EVERY = 1500, 50  # of a run of the comparison, and between evaluations
 LEVELS = (1105, 1080, 1060)  # nats of validation NLL; the table has the time to reach each
-STARTS = ("center", "whiten")
-METHODS = {  # objective, and flags of train_mnist.py for each start: the best of three or four learning rates
-    "ml": ("ml", {"center": [], "whiten": ["--lr", "3e-3"]}),
-    "relative": ("ml", {"center": ["--lr", "6e-3"], "whiten": ["--lr", "3e-3"]}),
-    "self-norm": ("ml", {"center": ["--lr", "6e-3"], "whiten": ["--lr", "3e-3"]}),
-    "ssm": ("ssm", {"center": ["--lr", "1e-3"], "whiten": ["--lr", "3e-4"]}),
-    "dsm": ("dsm", {"center": ["--lr", "1e-3"], "whiten": ["--lr", "3e-4"]}),
-}
+METHODS = {  # objective, and the best of three or four learning rates
+    "ml": ("ml", 3e-3), "relative": ("ml", 3e-3), "self-norm": ("ml", 3e-3), "ssm": ("ssm", 3e-4), "dsm": ("dsm", 3e-4)}
 FLOW = "--diagonal 1 --ratio 1 --bend 1.5 --actnorm none".split()  # of score matching, when the rates were chosen
 PLAIN = {"ml": [], "ssm": [*FLOW, "--sigma", "0"], "dsm": [*FLOW, "--sigma", "0.4"]}
 
 LEVEL, DIGITS, RACE_EVERY = 1105, (1, 2, 4), 20  # of the race
+CENTRED = ["--normalize", "center", "--actnorm", "moments"]
 # Learning rate, divided by √n for n digits; the steps in which it rises and falls, times n; flags of train_mnist.py.
 # They are the fastest found at n = 1; for ml and relative, the fastest that do not break down at n = 2 and 4 either.
 RACE = {
@@ -137,6 +135,7 @@ def self_norm(flow, x, lam=1.0, **_):
 
 
 KINDS = {"relative": RelativeLayer, "self-norm": SelfNormalizingLayer}
+COLORS = plots.COLORS | dict(zip(KINDS, plots.OTHERS[2:]))
 
 
 # ---- Training --------------------------------------------------------------------------------------------------------
@@ -154,21 +153,20 @@ def batches(images, n, size):
             yield beside(images[index], n)
 
 
-def train(name, normalize, flags, every, splits, device, steps, digits=1, until=-math.inf):
+def train(name, flags, every, splits, device, steps, digits=1, until=-math.inf):
     """One run of a method.   -> {"curve": [(step, seconds, validation NLL)], "digits"}
 
-    flags   of train_mnist.py: for the flow, the batches, the noise, the learning rate and the seed, no others
+    flags   of train_mnist.py: for pixels, flow, batches, noise, learning rate and seed, no others
     every   steps of a stretch, after which the model is evaluated; `steps` is a multiple
     digits  so many images beside each other are one image here; the NLL is that of one of them, the lowest `until`
     """
-    loss, own = METHODS[name]
-    s = settings.parse(train_mnist.Settings, ["--loss", loss, "--normalize", normalize, *PLAIN[loss], *own[normalize],
-                                              *flags])
+    loss, _ = METHODS[name]
+    s = settings.parse(train_mnist.Settings, ["--loss", loss, *PLAIN[loss], *flags])
     train_set, val_set = (split.to(device) for split in splits[:2])
     torch.manual_seed(s.seed)
     start = time.perf_counter()
     pre, flow = train_mnist.build(s, beside(splits[0], digits))
-    seconds = time.perf_counter() - start if normalize == "whiten" else 0.0
+    seconds = time.perf_counter() - start if s.normalize == "whiten" else 0.0
     if name in KINDS:
         flow = EBFlow([KINDS[name](*flow.shape, s.diagonal, s.bias) if isinstance(layer, FullyConnected) else layer
                        for layer in flow.layers], flow.shape)
@@ -225,21 +223,24 @@ def rows(runs):
         yield "| " + " | ".join(cells) + " |"
 
 
+def plain(axis):
+    """Ticks of a logarithmic axis at 1, 2, 5, 10 …, in plain numbers."""
+    axis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:,g}", minor_formatter=NullFormatter())
+
+
 def picture(runs):
-    """Validation NLL against time and against steps, a line for each method and start."""
-    figure, [row_of_axes] = panels(1, 2, 9, 3.6, sharey=True)
-    lowest = min(nll for run in runs.values() for _, _, nll in run["curve"])
+    """Validation NLL against time and against steps: a line for each method."""
+    figure, [row_of_axes] = panels(1, 2, 9, 3.9, sharey=True)
     for axes, label in zip(row_of_axes, ("seconds of training", "steps")):
-        for i, name in enumerate(METHODS):
-            for start, style in zip(STARTS, ("-", "--")):
-                curve = runs[f"{name}, {start}"]["curve"]
-                offset, scale = (curve[0][1], step_time(curve)) if label != "steps" else (0, 1)
-                axes.plot([offset + scale * step for step, _, _ in curve[1:]], [nll for _, _, nll in curve[1:]],
-                          style, color=f"C{i}", label=name if start == "center" else None)
-        axes.set(xlabel=label, xscale="log", ylim=(lowest - 10, lowest + 200))
-        axes.grid(alpha=0.3, which="minor")
-    row_of_axes[0].set(ylabel="validation NLL (nats)", title="centred pixels, and - - whitened ones")
-    row_of_axes[1].legend(fontsize="small")
+        for name, curve in ((name, run["curve"]) for name, run in runs.items()):
+            offset, scale = (curve[0][1], step_time(curve)) if label != "steps" else (0, 1)
+            axes.plot([offset + scale * step for step, _, _ in curve[1:]], [nll for _, _, nll in curve[1:]],
+                      color=COLORS[name], label=name)
+        axes.set(xlabel=label, xscale="log")
+        plain(axes.xaxis)
+    row_of_axes[0].set_ylabel("validation NLL (nats)")
+    row_of_axes[0].legend()
+    figure.suptitle("two-layer flow on whitened MNIST; batches of 200, for ssm and dsm of 100")
     return figure
 
 
@@ -260,17 +261,21 @@ def race_rows(runs):
         yield f"| {784 * n:,} | " + " | ".join([*cells, ratio]) + " |"
 
 
-def race_picture(runs):
-    """Seconds to the level against D, a line for each method."""
-    (figure, [[axes]]), ticks = panels(1, 1, 5.5, 3.6), [784 * n for n in arrivals(runs)]
-    for i, name in enumerate(RACE):
-        seconds = [best[name][1] if best[name] else math.nan for best in arrivals(runs).values()]
-        axes.loglog(ticks, seconds, "o-", ms=4, color=f"C{i}", label=name)
-    axes.set(xlabel="D", ylabel="seconds of training", title=f"to {LEVEL:,} nats per digit on the validation split",
-             xticks=ticks, xticklabels=[f"{D:,}" for D in ticks])
-    axes.xaxis.set(minor_formatter=NullFormatter())
-    axes.yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}", minor_formatter=NullFormatter())
-    axes.legend()
+def race_picture(records):
+    """Seconds to the level against D: a panel for each record, a line for each method."""
+    figure, [row_of_axes] = panels(1, len(records), 4.5 * len(records), 3.9)
+    for axes, result in zip(row_of_axes, records):
+        found = arrivals(result["runs"])
+        ticks = [784 * n for n in found]
+        for name in RACE:
+            seconds = [best[name][1] if best[name] else math.nan for best in found.values()]
+            axes.loglog(ticks, seconds, "o-", ms=4, color=COLORS[name], label=name)
+        axes.set(xlabel="D", title=result["machine"].rsplit(", ", 1)[0])
+        axes.xaxis.set(major_locator=FixedLocator(ticks), major_formatter="{x:,g}", minor_locator=NullLocator())
+        plain(axes.yaxis)
+    row_of_axes[0].set_ylabel("seconds of training")
+    row_of_axes[0].legend()
+    figure.suptitle(f"time to {LEVEL:,} nats per digit; batches of 500 for ml and relative, of 100 for ssm and dsm")
     return figure
 
 
@@ -282,19 +287,21 @@ def main(argv=None):
         splits = load_images(MNIST)
         shared = dict(images=digest(splits), seed=0)
         if a.race:
-            path, table, draw = a.results / f"race-{device.type}.json", race_rows, race_picture
+            path, table = a.results / f"race-{device.type}.json", race_rows
             jobs = {f"{name}, {n} digits": partial(
-                train, name, "center", ["--actnorm", "moments", "--lr", str(lr / n**0.5), *own], RACE_EVERY, splits,
-                device, n * length, n, LEVEL) for n in DIGITS for name, (lr, length, own) in RACE.items()}
+                train, name, [*CENTRED, "--lr", str(lr / n**0.5), *own], RACE_EVERY, splits, device, n * length, n,
+                LEVEL) for n in DIGITS for name, (lr, length, own) in RACE.items()}
             runs = completed(path, jobs, command="python -m experiments.rivals --race", methods=RACE, level=LEVEL,
                              every=RACE_EVERY, **shared)
+            records = [json.loads(file.read_text()) for file in sorted(a.results.glob("race-*.json"))]
+            plots.save(a.results / "race.png", race_picture(records))
         else:
-            path, table, draw = a.results / "rivals.json", rows, picture
-            jobs = {f"{name}, {start}": partial(train, name, start, [], EVERY, splits, device, STEPS)
-                    for start in STARTS for name in METHODS}
+            path, table = a.results / "rivals.json", rows
+            jobs = {name: partial(train, name, ["--normalize", "whiten", "--lr", str(lr)], EVERY, splits, device, STEPS)
+                    for name, (_, lr) in METHODS.items()}
             runs = completed(path, jobs, command="python -m experiments.rivals", methods=METHODS, device=str(device),
                              steps=STEPS, every=EVERY, **shared)
-        plots.save(path.with_suffix(".png"), draw(runs))
+            plots.save(path.with_suffix(".png"), picture(runs))
         print(*table(runs), sep="\n")
 
 

@@ -7,8 +7,8 @@ channels. A step is objective, gradient and optimiser. Operations are counted on
 computed: products and convolutions by torch's own formulas, factorisations and solves by those below.
 
 Writes results/runtime-DEVICE.json after every size, and continues from it; then results/runtime-DEVICE.png, with the
-slopes of straight lines fitted to the logarithms, and for a CPU results/claim.png, beside the draws in
-results/samples-glow-dsm.png. Prints the tables of docs/results.md. Source: Chao et al. (2023), the runtime comparison.
+slopes of straight lines fitted to the logarithms. Prints the tables of docs/results.md. Source: Chao et al. (2023), the
+runtime comparison.
 """
 
 import math
@@ -18,14 +18,13 @@ from itertools import groupby, product
 from operator import itemgetter
 
 import torch
-from matplotlib.image import imread
-from matplotlib.ticker import NullFormatter
+from matplotlib.ticker import NullLocator
 from torch.nn.utils import get_total_norm
 from torch.utils.flop_counter import flop_registry
 
 import train_mnist
 from ebflow import cnn_flow, fc_flow
-from experiments import command_line, completed, panels
+from experiments import command_line, completed, machine, panels
 from experiments.speed import Operations, interleaved
 from losses import OBJECTIVES
 from support import plots, processes
@@ -35,6 +34,7 @@ from support.run import one_line_errors
 
 BATCH_SIZE = 32
 BUILD = {"fc": lambda shape: fc_flow(math.prod(shape)), "cnn": lambda shape: cnn_flow(shape, diagonal=0.6)}
+ARCHS = {"fc": "fully connected", "cnn": "convolutional"}
 SIZES = [(1, 16), (1, 24), (3, 16), (1, 32), (3, 24), (1, 48), (3, 32), (1, 64)]  # channels and side, by D
 aten = torch.ops.aten  # an n × n factorisation has ⅔n³ operations, a solve with it 2n² for each right-hand side
 FORMULAS = flop_registry | {
@@ -103,38 +103,30 @@ def series(rows):
     return lines
 
 
-def panel(axes, rows, key, exponent):
-    """`key` against D on logarithmic axes, a line for each objective, with the exponents of `exponent`."""
-    for (_, loss, channels), sizes in series(rows).items():
-        power = f" ∝ D^{slope(sizes, exponent):.2f}" if slope(sizes, exponent) else ""
+def panel(axes, rows, key):
+    """`key` against D on logarithmic axes: a line for each objective, dotted for 3 channels, with the exponent of D."""
+    lines = series(rows)
+    for (arch, loss, channels), sizes in lines.items():
+        powers = [slope(lines[other], key) for other in lines if other[:2] == (arch, loss)]
+        label = ", ".join([loss, *(f"$D^{{{power:.2f}}}$" for power in powers if power)])
         axes.loglog([row["D"] for row in sizes], [row[key] for row in sizes], "s:" if "3" in channels else "o-", ms=4,
-                    lw=1, color=f"C{[*OBJECTIVES].index(loss)}", label=f"{loss} {channels}{power}")
-    axes.set_xticks([256, 1024, 4096], ["256", "1,024", "4,096"])
-    axes.xaxis.set_minor_formatter(NullFormatter())
+                    color=plots.COLORS[loss], label="_" * ("3" in channels) + label)
+    D = sorted({row["D"] for row in rows})
+    axes.set_xticks(D, [f"{size:,}" for size in D], fontsize="small")
+    axes.xaxis.set_minor_locator(NullLocator())
 
 
-def picture(rows):
-    """Operations and time against D: a row of panels for each architecture."""
+def picture(rows, where):
+    """Operations and time against D: a row of panels for each architecture. `where` the times were measured."""
     archs = sorted({row["arch"] for row in rows}, reverse=True)
-    figure, axes_by_row = panels(len(archs), 2, 10, 3.9 * len(archs))
+    figure, axes_by_row = panels(len(archs), 2, 10.5, 0.3 + 3.7 * len(archs))
     for axes_row, arch in zip(axes_by_row, archs):
-        for axes, key, label in zip(axes_row, ("operations", "ms"), ("operations in a step", "ms for a step")):
-            panel(axes, [row for row in rows if row["arch"] == arch], key, key)
-            axes.set(xlabel="D", ylabel=label, title={"fc": "fully connected", "cnn": "convolutional"}[arch])
-            axes.set_ylim(top=axes.get_ylim()[1] * (1 if arch == "fc" else 20))  # room for the longer legend
-            axes.legend(fontsize="x-small", ncols=1 if arch == "fc" else 2)
-    return figure
-
-
-def claim(rows, draws):
-    """The picture of the README: time of a step of the fully-connected flow, beside draws (H, W, channels)."""
-    figure, [[left, right]] = panels(1, 2, 9.4, 3.8, width_ratios=[1.45, 1])
-    panel(left, [row for row in rows if row["arch"] == "fc" and row["loss"] != "sml"], "ms", "operations")
-    left.set(xlabel="D, the dimension of the data", ylabel="milliseconds for a training step, two layers",
-             title="score matching needs O(D²) operations, likelihood O(D³)")
-    left.legend(title="operations grow as", fontsize="small", title_fontsize="small")
-    right.imshow(draws[: len(draws) // 2, : draws.shape[1] // 4 * 3])  # 4 × 6 of the 64 draws
-    right.set(xticks=[], yticks=[], title="draws of a small Glow trained by dsm")
+        for axes, key, label in zip(axes_row, ("operations", "ms"), ("operations", "milliseconds")):
+            panel(axes, [row for row in rows if row["arch"] == arch], key)
+            axes.set(xlabel="D", title=f"{label} for a step, {ARCHS[arch]}")
+            title, ncols = ("grow as", 2) if arch == "fc" else ("grow as (1 channel, 3 dotted)", 1)
+            axes.legend(title=title, ncols=ncols, fontsize="small", title_fontsize="small", loc="upper left")
+    figure.suptitle(where, fontsize="medium", color="0.35")
     return figure
 
 
@@ -154,12 +146,10 @@ def main(argv=None):
     with one_line_errors(), processes.joined(a.device) as (device, *_):
         jobs = {f"{arch} {c}×{side}×{side}": partial(measure, arch, (c, side, side), device, a.seconds)
                 for (c, side), arch in product(SIZES, a.archs)}
-        path, samples = a.results / f"runtime-{device.type}.json", a.results / "samples-glow-dsm.png"
+        path = a.results / f"runtime-{device.type}.json"
         runs = completed(path, jobs, command="python -m experiments.runtime", batch_size=BATCH_SIZE)
         rows = [row for size in runs.values() for row in size]
-        plots.save(path.with_suffix(".png"), picture(rows))
-        if device.type == "cpu" and samples.exists():
-            plots.save(a.results / "claim.png", claim(rows, imread(samples)))
+        plots.save(path.with_suffix(".png"), picture(rows, machine()))
         print(*table(rows), sep="\n")
         for name, sizes in series(rows).items():
             exponents = {key: slope(sizes, key) for key in ("operations", "ms")}

@@ -6,8 +6,9 @@
     python -m experiments.tables --paper runs/mnist-fc-dsm     reads finished runs of train_mnist.py --paper
 
 Trains under runs/, and continues runs that were stopped. On a CPU it takes 30 minutes with --arch fc, 40 with cnn, 70
-with glow, and an hour with toy. Writes and prints the table of docs/results.md: results/mnist-ARCH.json and .png, NLL
-against epochs; or results/toys.json and .png, the densities of seed 0; or results/paper.json, whose runs stay.
+with glow, and an hour and a half with toy. Writes and prints the table of docs/results.md: results/mnist-ARCH.json, for
+FC with a picture of NLL against epochs; or results/toys.json and .png, the densities of seed 0; or results/paper.json,
+whose runs stay.
 """
 
 import json
@@ -27,9 +28,9 @@ from recipes import PAPER
 from support import plots
 from support.run import RunError, one_line_errors
 
-TITLES = {"fc": "the two-layer flow", "cnn": "the convolutional flow", "glow": "a small Glow"}
 PUBLISHED = {"fc": dict(ml=1092.4, sml=1092.3, ssm=1092.8, dsm=1099.2, fdssm=1104.1),
              "cnn": dict(ml=1101.3, sml=1098.3, ssm=1107.5, dsm=1109.5, fdssm=1122.1)}
+FIGURES = ("before_sml_test_kl", "before_sml_test_fisher", "test_kl", "test_fisher")  # of the toys
 STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}  # {n: the 97.5 % quantile with n - 1 degrees of freedom}
 
 
@@ -51,22 +52,22 @@ def mnist(a, flags):
                        "before_sml": last.get("before_sml_test_nll"), "test_bpd": last["test_bpd"],
                        "minutes": last["seconds"] / 60, "epochs": s.epochs, "best_epoch": last["best_epoch"],
                        "seed": s.seed, "command": command, "machine": machine()}
-    plots.save(a.results / f"mnist-{a.arch}.png", nll_curves(a.arch, curves, table))
+    if a.arch == "fc":
+        plots.save(a.results / "mnist-fc.png", nll_curves(curves, table))
     record(a.results / f"mnist-{a.arch}.json", table)
     return mnist_rows(table)
 
 
-def nll_curves(arch, curves, table):
-    """Validation NLL against epochs: a line for each objective."""
+def nll_curves(curves, table):
+    """Validation NLL of FC against epochs: a line for each objective."""
     figure, [[axes]] = panels(1, 1, 7, 3.6)
     for loss, metrics in curves.items():
         axes.plot([row["epoch"] for row in metrics], [row["val_nll"] for row in metrics], marker=".",
-                  label=f"{loss}, {table[loss]['test_nll']:.1f} on the test split")
-    if arch in PUBLISHED:
-        nll = PUBLISHED[arch]["ml"]
-        axes.axhline(nll, color="k", lw=0.8, ls=":", label=f"ml in the paper, {nll} on the test split")
+                  color=plots.COLORS.get(loss), label=f"{loss}, {table[loss]['test_nll']:.1f} on the test split")
+    nll = PUBLISHED["fc"]["ml"]
+    axes.axhline(nll, color=plots.GREY, ls=":", label=f"ml in the paper, {nll} on the test split")
     low, high = min(row["val_nll"] for row in table.values()), max(row["val_nll"] for row in table.values())
-    axes.set(xlabel="epochs", ylabel="validation NLL (nats)", title=f"exact NLL of {TITLES[arch]} on MNIST",
+    axes.set(xlabel="epochs", ylabel="validation NLL (nats)", title="exact NLL of FC on MNIST",
              xlim=(0, None), ylim=(low - 0.1 * (high - low), high + (high - low)))
     axes.legend(fontsize="small", loc="upper right", ncols=2)
     return figure
@@ -82,6 +83,26 @@ def mnist_rows(table):
     two = any(row.get("before_sml") for row in table.values())
     return [f"| {loss} | {row['start_val_nll']:.1f} | {row['val_nll']:.1f} | {f'{alone(row):.1f} | ' * two}"
             f"**{row['test_nll']:.1f}** | {row['test_bpd']:.3f} | {row['epochs']} |" for loss, row in table.items()]
+
+
+def readme_rows(mnist, starts):
+    """The table of README.md: test NLL of a Gaussian, of the paper, before and after training.
+
+    mnist   {architecture: results/mnist-ARCH.json}
+    starts  the runs of results/starts.json
+    """
+    def row(name, cell):
+        return f"| {name} | " + " | ".join(map(cell, OBJECTIVES)) + " |"
+
+    yield row("one Gaussian", lambda _: f"{starts['one Gaussian']['test_nll']:.1f}")
+    for arch, name in (("fc", "FC"), ("cnn", "CNN"), ("glow", "small Glow")):
+        runs = mnist[arch]
+        if arch in PUBLISHED:
+            yield row(f"{name}, paper", lambda loss: f"{PUBLISHED[arch][loss]}")
+        yield row(f"{name}, start", lambda loss: f"{runs[loss]['start_val_nll']:.1f}")
+        yield row(f"{name}, here", lambda loss: f"{alone(runs[loss]):.1f}")
+        yield row(f"{name}, then `sml`",
+                  lambda loss: f"{runs[loss]['test_nll']:.1f}" if runs[loss].get("before_sml") else "")
 
 
 def paper(a):
@@ -119,20 +140,20 @@ def paper_rows(runs, tuned):
 
 
 def toys(a, flags):
-    """Points in the plane by our recipes."""
-    lasts = {(toy, loss): [] for toy, loss in product(TOYS, OBJECTIVES)}  # the last row of each seed
-    for seed, (toy, loss) in product(range(a.seeds), lasts):
-        _, metrics = trained(train_toy, ["--data", toy, "--loss", loss, "--seed", str(seed)],
-                             a.runs / f"toys-{seed}" / f"{toy}-{loss}", flags)
-        lasts[toy, loss].append(metrics[-1])
+    """Points in the plane by our recipes. The start has the steps of sml alone: the learning rate of step 0 is 0."""
+    own = {loss: ["--loss", loss] for loss in OBJECTIVES} | {"the start": ["--epochs", "1", "--steps", "1"]}
+    lasts = {(toy, cell): [] for toy, cell in product(TOYS, own)}  # the last row of each seed
+    for seed, (toy, cell) in product(range(a.seeds), lasts):
+        _, metrics = trained(train_toy, ["--data", toy, "--seed", str(seed), *own[cell]],
+                             a.runs / f"toys-{seed}" / f"{toy}-{cell.split()[-1]}", flags)
+        lasts[toy, cell].append(metrics[-1])
     table = []
-    for (toy, loss), last in lasts.items():
-        row = {"data": toy, "loss": loss, "steps": last[0]["step"], "seeds": a.seeds,
-               "minutes": statistics.mean(r["seconds"] for r in last) / 60}
-        for figure in ("kl", "fisher"):
-            row[figure], row[f"{figure}_95"] = interval([r[f"test_{figure}"] for r in last])
+    for (toy, cell), last in lasts.items():
+        row = {"data": toy, "cell": cell, "minutes": statistics.mean(r["seconds"] for r in last) / 60}
+        for name in FIGURES:
+            row[name] = interval([r.get(name, r[name.removeprefix("before_sml_")]) for r in last])
         table.append(row)
-    flows = {cell: train_toy.load(a.runs / "toys-0" / "-".join(cell)) for cell in lasts}
+    flows = {(toy, loss): train_toy.load(a.runs / "toys-0" / f"{toy}-{loss}") for toy in TOYS for loss in OBJECTIVES}
     plots.save(a.results / "toys.png", grid(flows, {cell: last[0]["test_kl"] for cell, last in lasts.items()}))
     command = ["python -m experiments.tables --arch toy --seeds", str(a.seeds), *flags]
     record(a.results / "toys.json", {"command": " ".join(command), "rows": table, "machine": machine()})
@@ -156,16 +177,14 @@ def grid(flows, kl):
 
 def toy_rows(table):
     """Means over the seeds, and from two seeds on the half-width of the interval."""
-    def cell(row, figure):
-        return f"{row[figure]:.4f}" + ("" if row["seeds"] == 1 else f" ± {row[f'{figure}_95']:.4f}")
-
-    return [f"| {row['data']} | {row['loss']} | {row['steps']:,} | {cell(row, 'kl')} | {cell(row, 'fisher')} | "
-            f"{row['minutes']:.1f} |" for row in table]
+    for row in table:
+        cells = [f"{mean:.4f}" + (f" ± {half:.4f}" if half else "") for mean, half in map(row.get, FIGURES)]
+        yield f"| {row['data']} | {row['cell']} | " + " | ".join(cells) + " |"
 
 
 def main(argv=None):
     parser = command_line(__doc__, "--seeds", "--runs", "--results", passes="train_mnist.py or train_toy.py")
-    parser.add_argument("--arch", choices=[*TITLES, "toy"], default="fc")
+    parser.add_argument("--arch", choices=["fc", "cnn", "glow", "toy"], default="fc")
     parser.add_argument("--paper", type=Path, nargs="*", help="directories of runs of train_mnist.py --paper")
     parser.add_argument("--machine", default=machine(), help="what the runs of --paper were made on, in words")
     a, flags = parser.parse_known_args(argv)

@@ -8,6 +8,10 @@ from matplotlib.ticker import MaxNLocator
 
 from support.run import write
 
+COLORS = {"ml": "#0072B2", "sml": "#66CCEE", "ssm": "#009E73", "dsm": "#D55E00", "fdssm": "#882255"}  # for any eyes
+GREY = "0.55"  # what no objective has trained: the start, a Gaussian, the published figures; the truth is black
+OTHERS = "#E69F00", "#332288", "#CC79A7", "#999933"  # lines that are told apart by something else
+
 
 def save(path, figure):
     """Writes a figure as PNG, whole or not at all."""
@@ -20,11 +24,11 @@ def curves(metrics, loss):
     """Validation NLL and training objective against epochs."""
     figure, last = Figure(figsize=(9, 3.2), layout="constrained"), metrics[-1]
     left, right = figure.subplots(1, 2)
-    for axes, key, color, ylabel, title in ((left, "val_nll", "C0", "NLL (nats)", "exact negative log-likelihood"),
-                                            (right, "loss", "C1", "loss", f"training objective: {loss}")):
+    for axes, key, ylabel, title in ((left, "val_nll", "NLL (nats)", "exact negative log-likelihood"),
+                                     (right, "loss", "loss", f"training objective: {loss}")):
         shown = [row for row in metrics if row[key] is not None and (axes is left or "before_sml_test_nll" not in row)]
         epochs, values = [row["epoch"] for row in shown], [row[key] for row in shown]
-        axes.plot(epochs, values, marker=".", color=color, label="validation")
+        axes.plot(epochs, values, marker=".", color=COLORS.get(loss, "k"), label="validation")
         axes.set(xlabel="epoch", ylabel=ylabel, title=title)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
@@ -32,7 +36,8 @@ def curves(metrics, loss):
         if max(values) > low + 20 * (late - low) > low:  # a start far away would flatten the rest
             axes.set_ylim(low - 0.5 * (late - low), low + 4 * (late - low))
     if "sml_steps" in last:
-        left.axvspan(last["epoch"] - 1, last["epoch"], color="C2", alpha=0.2, label=f"{last['sml_steps']} steps of sml")
+        left.axvspan(last["epoch"] - 1, last["epoch"], color=COLORS["sml"], alpha=0.4,
+                     label=f"{last['sml_steps']} steps of sml")
     left.plot(last["best_epoch"], last["test_nll"], "k*", label=f"test, {last['test_nll']:.1f} nats")
     left.legend()
     return figure
@@ -68,6 +73,15 @@ def image(axes, function, x, **style):
     return limit
 
 
+def scores(axes, model, n, limit, like, **style):
+    """The score as arrows on an n × n lattice. They point to where the density grows."""
+    points = lattice(0.95 * limit, n, like).flatten(0, 1)
+    score = model.score(points)
+    norm = score.norm(dim=1, keepdim=True)
+    arrows = score / norm * norm.log1p()  # the far ones would cover the rest
+    axes.quiver(*points.T.cpu().numpy(), *arrows.T.cpu().numpy(), **style)
+
+
 def toy(flow, truth, x):
     """Truth beside model, and the energy with the score as arrows: they point to where the density grows."""
     figure = Figure(figsize=(10.5, 3.9), layout="constrained")
@@ -77,11 +91,7 @@ def toy(flow, truth, x):
     image(middle, lambda x: flow.log_prob(x).exp(), x, vmin=0, vmax=top)
     energy = flow.energy(x).detach()
     limit = image(right, flow.energy, x, vmin=energy.min().item(), vmax=energy.max().item(), cmap="viridis_r")
-    points = lattice(0.95 * limit, 24, x).flatten(0, 1)
-    score = flow.score(points)
-    norm = score.norm(dim=1, keepdim=True)
-    arrows = score / norm * norm.log1p()  # the far ones would cover the rest
-    right.quiver(*points.T.cpu().numpy(), *arrows.T.cpu().numpy(), color="w", width=0.004)
+    scores(right, flow, 24, limit, x, color="w", width=0.004)
     for axes, title in ((left, "truth p"), (middle, "model p_θ"), (right, "energy E, and the score -∇E")):
         axes.set_title(title)
     return figure
@@ -120,16 +130,18 @@ def ebm(model, truth, chains, log_z):
 
 
 def mode_weights(metrics, data):
-    """The model's mode weights against training steps, the shares of the chains, and the truth."""
+    """The model's mode weights against training steps, the shares of the chains, and the truth, by mode."""
     figure = Figure(figsize=(6.5, 3.6), layout="constrained")
     axes = figure.subplots()
+    for key, label, style in (("chains", "share of the chains", dict(lw=0.8, alpha=0.6)),
+                              ("weights", "p_θ", dict(marker="."))):
+        known = [row for row in metrics if row[key] is not None]
+        for k in range(len(data.weights)):
+            axes.plot([row["step"] for row in known], [row[key][k] for row in known], color=OTHERS[k % 4], **style)
+        axes.plot([], [], "k", label=label, **style)
     for k, true in enumerate(data.weights.tolist()):
-        axes.axhline(true, color=f"C{k % 10}", ls=":", label="truth" if k == 0 else None)
-        for key, label, style in (("chains", "share of the chains", dict(lw=0.8, alpha=0.6)),
-                                  ("weights", "p_θ", dict(marker="."))):
-            known = [row for row in metrics if row[key] is not None]
-            axes.plot([row["step"] for row in known], [row[key][k] for row in known], color=f"C{k % 10}",
-                      label=label if k == 0 else None, **style)
+        axes.axhline(true, color=OTHERS[k % 4], ls=":")
+    axes.plot([], [], "k:", label="truth")
     axes.set(xlabel="training steps", ylabel="weight of a mode", ylim=(0, 1.15 * axes.get_ylim()[1]))
     axes.legend(fontsize="small", ncols=3, loc="upper right")
     axes.grid(alpha=0.3)

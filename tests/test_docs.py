@@ -10,12 +10,14 @@ import pytest
 import train_ebm
 import train_mnist
 import train_toy
-from experiments import ablation, balanced, mass, rivals, runtime, tables, unbalanced
+from ebflow import cnn_flow
+from experiments import ablation, balanced, bumps, mass, rivals, runtime, starts, tables, unbalanced
 from support.settings import parse
 
 ROOT = Path(__file__).parent.parent
-README, RESULTS, TOUR = ((ROOT / path).read_text() for path in ("README.md", "docs/results.md", "docs/tour.md"))
-PAGES = {"README.md": README, "docs/results.md": RESULTS, "docs/tour.md": TOUR}
+PAGES = {path: (ROOT / path).read_text()
+         for path in ("README.md", "docs/results.md", "docs/tour.md", "docs/balanced.md")}
+README, RESULTS, TOUR, BALANCED = PAGES.values()
 FENCE = r"```(\w*)\n(.*?)```"
 
 
@@ -45,6 +47,14 @@ def test_every_file_that_a_page_names_exists(page):
     links = re.findall(r"(?<=\]\()(?!http)[^)#]+", PAGES[page])
     assert all(((ROOT / page).parent / link).exists() for link in links), links
     assert all((ROOT / path).is_file() for path in re.findall(r"`([\w/]+\.py)`", PAGES[page]))
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_section_that_a_page_links_to_exists(page):
+    for link, anchor in re.findall(r"\]\((?!http)([^)#]*)#([^)]+)\)", PAGES[page]):
+        target = ((ROOT / page).parent / link).resolve().read_text() if link else PAGES[page]
+        headings = re.findall(r"^#+ (.*)", re.sub(FENCE, "", target, flags=re.S), re.M)
+        assert anchor in {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 def test_every_figure_is_shown():
@@ -88,11 +98,11 @@ def test_the_readme_has_the_two_commands_that_ci_and_readers_run():
         assert re.search(rf"<!-- {name} command -->\n```\npython3 -m venv .*?\n```", README, re.S)
 
 
-EXCERPTS = re.findall(r"`([\w/]+\.py): ([\w.]+)`[^`\n]*\n\n?```python\n(.*?)```", TOUR, re.S)
+EXCERPTS = re.findall(r"`([\w/]+\.py): ([\w.]+)`[^`\n]*\n\n?```python\n(.*?)```", TOUR + BALANCED, re.S)
 
 
 def test_every_block_of_code_in_the_tour_is_an_excerpt():
-    assert len(EXCERPTS) == TOUR.count("```python") > 15
+    assert len(EXCERPTS) == (TOUR + BALANCED).count("```python") > 15
 
 
 @pytest.mark.parametrize("file, name, excerpt", EXCERPTS, ids=[f"{file}:{name}" for file, name, _ in EXCERPTS])
@@ -102,10 +112,11 @@ def test_every_excerpt_of_the_tour_stands_in_the_source_word_for_word(file, name
     assert any(lines[i:i + len(indents)] == indents for i in range(len(lines)))
 
 
-def test_every_proof_that_the_tour_names_exists():
-    named = set(re.findall(r"`(test_\w+)`", TOUR))
+def test_every_test_that_a_page_names_exists():
     tests = "".join(path.read_text() for path in [ROOT / "test_gradients.py", *(ROOT / "tests").glob("*.py")])
-    assert len(named) > 10 and all(f"def {name}(" in tests for name in named)
+    for page in (TOUR, BALANCED):
+        named = set(re.findall(r"`(test_\w+)`", page))
+        assert len(named) > 10 and all(f"def {name}(" in tests for name in named)
 
 
 def test_uv_and_pip_install_the_same_versions_and_no_module_of_ours():
@@ -122,30 +133,61 @@ def test_uv_and_pip_install_the_same_versions_and_no_module_of_ours():
 # ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("arch, name", [("fc", "FC"), ("cnn", "CNN"), ("glow", "small Glow")])
-def test_the_tables_of_mnist_hold_the_recorded_numbers(arch, name):
-    rows = result(f"mnist-{arch}.json")
-    assert all(row in RESULTS for row in tables.mnist_rows(rows))
-    nlls = [f"{tables.alone(rows[loss]):.1f}" for loss in ("ml", "sml", "ssm", "dsm", "fdssm")]
-    assert f"| {name}, here | " + " | ".join(nlls) in README
+MNIST = {arch: result(f"mnist-{arch}.json") for arch in ("fc", "cnn", "glow")}
 
 
-@pytest.mark.parametrize("rows", [
-    lambda: tables.toy_rows(result("toys.json")["rows"]), lambda: rivals.rows(result("rivals.json")["runs"]),
-    lambda: rivals.race_rows(result("race-cpu.json")["runs"]),
-    lambda: rivals.race_rows(result("race-cuda.json")["runs"]),
-    lambda: ablation.rows(result("ablation-fc.json")["runs"]),
-    lambda: ablation.rows(result("ablation-cnn.json")["runs"]),
-    lambda: tables.paper_rows(result("paper.json")["runs"],
-                              {arch: result(f"mnist-{arch}.json") for arch in ("fc", "cnn", "glow")}),
-    lambda: mass.rows(result("mass.json")["runs"]),
-    lambda: balanced.rows(result("balanced.json")["runs"]), lambda: unbalanced.rows(result("unbalanced.json")["runs"]),
-    lambda: runtime.table([row for size in result("runtime-cpu.json")["runs"].values() for row in size]),
-], ids=["toys", "rivals", "race on a CPU", "race on a GPU", "ablation of FC", "of the CNN", "paper", "mass", "balanced",
-        "unbalanced", "runtime"])
-def test_a_table_holds_the_recorded_numbers(rows):
-    for row in rows():
-        assert row in RESULTS
+@pytest.mark.parametrize("arch", MNIST)
+def test_the_tables_of_mnist_hold_the_recorded_numbers(arch):
+    assert all(row in RESULTS for row in tables.mnist_rows(MNIST[arch]))
+
+
+def test_the_readme_holds_the_recorded_numbers():
+    runs, mass_runs = result("starts.json")["runs"], result("mass.json")["runs"]
+    gaussian, (start, dsm, ml) = runs["one Gaussian"]["test_nll"], (
+        mass_runs[f"{cell}, seed 0"]["test_nll"] for cell in ("the start", "dsm alone", "ml"))
+    table = [*tables.readme_rows(MNIST, runs)]
+    assert "\n".join(table) in README
+    text = " ".join(README.split())
+    for claim in (f"ends at a test NLL of {MNIST['fc']['dsm']['test_nll']:.1f} nats",
+                  f"`dsm` takes {start - dsm:.0f} nats", f"it reaches {ml:.1f} in the time",
+                  f"Without it `dsm` on FC is at {runs['ours']['unrefitted']:,.1f}",
+                  f"takes {faster('fc', D=4096):.0f} times as long"):
+        assert claim in text
+    assert abs(gaussian - start - 40) < 5 and "some 40 nats below it" in text
+
+
+def steps(device="cpu"):
+    """What a step costs: the rows of all sizes."""
+    return [row for size in result(f"runtime-{device}.json")["runs"].values() for row in size]
+
+
+def faster(arch, device="cpu", D=3072):
+    """How many times as fast as a step of ml one of dsm is, by default at the size of CIFAR-10."""
+    ms = {row["loss"]: row["ms"] for row in steps(device) if (row["arch"], row["D"]) == (arch, D)}
+    return ms["ml"] / ms["dsm"]
+
+
+TABLES = {
+    "starts": lambda: starts.rows(result("starts.json")["runs"]),
+    "mass": lambda: mass.rows(result("mass.json")["runs"]),
+    "bumps": lambda: bumps.rows(result("bumps.json")["masses"]),
+    "paper": lambda: tables.paper_rows(result("paper.json")["runs"],
+                                       {arch: result(f"mnist-{arch}.json") for arch in ("fc", "cnn", "glow")}),
+    "ablation": lambda: ablation.rows(result("ablation-fc.json")["runs"]),
+    "toys": lambda: tables.toy_rows(result("toys.json")["rows"]),
+    "balanced": lambda: balanced.rows({name: row for name, row in result("balanced.json")["runs"].items()
+                                       if row["dim"] in (2, 16, 64)}),
+    "unbalanced": lambda: unbalanced.rows(result("unbalanced.json")["runs"]),
+    "runtime": lambda: runtime.table([row for row in steps() if row["D"] in (256, 3072)]),
+    "rivals": lambda: rivals.rows(result("rivals.json")["runs"]),
+    "race": lambda: rivals.race_rows(result("race-cpu.json")["runs"]),
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_a_table_holds_the_recorded_numbers(name):
+    rows = [*TABLES[name]()]
+    assert rows and all(row in RESULTS.splitlines() for row in rows)
 
 
 @pytest.mark.parametrize("loss", ["ml", "dsm"])
@@ -157,7 +199,7 @@ def test_the_table_of_imputation_holds_the_recorded_numbers(loss):
 
 def test_the_results_of_the_linear_masks_are_the_recorded_ones():
     for nlls in result("linear-masks.json")["nll"].values():
-        assert f"{sum(nlls) / len(nlls):.1f}" in RESULTS
+        assert f" | {sum(nlls) / len(nlls):.1f} |" in RESULTS
 
 
 def test_the_table_of_the_determinant_holds_the_recorded_numbers():
@@ -167,8 +209,80 @@ def test_the_table_of_the_determinant_holds_the_recorded_numbers():
         assert f"| {q} | {cells} |" in RESULTS
 
 
-def test_the_exponents_of_the_operations_are_the_recorded_ones():
-    sizes = [row for size in result("runtime-cpu.json")["runs"].values() for row in size]
-    for loss, exponent in (("ml", "2.94"), ("dsm", "2.00")):
-        found = runtime.slope([row for row in sizes if (row["arch"], row["loss"]) == ("fc", loss)], "operations")
-        assert f"{found:.2f}" == exponent and exponent in RESULTS
+def test_the_tour_says_of_its_pictures_what_was_recorded():
+    found = result("explain.json")
+    text = " ".join(TOUR.split())
+    start, trained = (found["dsm"][key]["fisher"] for key in ("start", "trained"))
+    assert f"falls from {start:.2f} to {trained:.2f}" in text
+    assert f"is {found['weights']['kl']:.2f} nats" in text and found["weights"]["fisher"] < 0.001
+    ratios = [norms["largest"] / norms["smallest"] for norms in found["map"].values()]
+    assert f"{ratios[0]:.1f} times the smallest" in text and f"{round(ratios[1], -3):,.0f} times the smallest" in text
+
+
+def published(cell):
+    """A run with the published settings, and how many nats it ends above the paper.   -> dict, float"""
+    run, (arch, loss) = result("paper.json")["runs"][cell], cell.split()
+    return run, run["test_nll"] - tables.PUBLISHED[arch][loss]
+
+
+def exponents(arch):
+    """Of D, in the operations of a step of dsm and of ml, on images of one channel or flat ones."""
+    return [runtime.slope([row for row in steps() if (row["arch"], row["loss"]) == (arch, loss) and (
+        arch == "fc" or row["channels"] == 1)], "operations") for loss in ("dsm", "ml")]
+
+
+PROSE = " ".join(line for line in RESULTS.splitlines() if not line.startswith("|"))
+CLAIMS = {  # words of docs/results.md -> the numbers in them
+    "the smaller bump, which should be {:g}": lambda: [bumps.TRUTH.weights[1]],
+    "the images have {:.2f}": lambda: [result("mass.json")["runs"]["ml, seed 0"]["images_median"]],
+    "squeezes have {:.3f} million": lambda: [sum(p.numel() for p in cnn_flow((1, 28, 28)).parameters()) / 1e6],
+    "The validation NLL of `dsm` after 240 epochs is {:.1f}": lambda: [published("fc dsm")[0]["val_nll"]["240"]],
+    "after {} to {} of its 10,000 epochs": lambda: [published(cell)[0]["epochs"] for cell in ("fc ml", "fc dsm")],
+    "`sml` is {:.0f} nats above": lambda: [published("fc sml")[1]],
+    "lowest at epoch {}, with {:.1f}, and {:.1f} after epoch 61": lambda: (lambda run: [
+        run["best_epoch"], run["val_nll"][str(run["best_epoch"])], run["val_nll"]["61"]])(published("fc sml")[0]),
+    "`fdssm` is {:.0f} nats above": lambda: [published("fc fdssm")[1]],
+    "from {:.1f} at epoch 510 to {:.1f} at epoch 544 of {}": lambda: (lambda run: [
+        run["val_nll"]["510"], run["val_nll"]["544"], run["epochs"]])(published("fc fdssm")[0]),
+    "`ssm` is {:.0f} nats above the paper, `dsm` {:.0f}": lambda: [
+        published(f"cnn {loss}")[1] for loss in ("ssm", "dsm")],
+    "the entropy, {:.1f} nats": lambda: [result("linear-masks.json")["entropy"]],
+    "Here W = I + {:g} G/√D": lambda: [result("determinant.json")["by_dimension"][0]["c"]],
+    "so {:.1f} % are ones": lambda: [100 * unbalanced.COUNTS[1] / sum(unbalanced.COUNTS)],
+    "`dsm` grow as D to the {:.2f}, those of `ml` as D to the {:.2f}": lambda: exponents("fc"),
+    "the exponents are {:.2f} and {:.2f}": lambda: exponents("cnn"),
+    "`dsm` is {:.0f} times as fast as one of `ml` on FC, {:.0f} times with": lambda: [faster("fc"), faster("cnn")],
+    "On an H100 it is {:.0f} times as fast on FC": lambda: [faster("fc", "cuda")],
+}
+
+
+@pytest.mark.parametrize("words", CLAIMS)
+def test_a_sentence_holds_the_recorded_numbers(words):
+    assert words.format(*CLAIMS[words]()) in PROSE
+
+
+def test_every_decimal_number_of_the_prose_stands_in_a_table_or_in_such_a_sentence():
+    prose = re.sub(r"`[^`]*`|\]\([^)]*\)", "", PROSE)  # without code and links
+    known = [line for line in RESULTS.splitlines() if line.startswith("|")]
+    known += [words.format(*numbers()) for words, numbers in CLAIMS.items()]
+    assert set(re.findall(r"\d+\.\d+", prose)) <= set(re.findall(r"\d+\.\d+", " ".join(known)))
+
+
+def test_reproduced_is_said_of_what_ends_within_a_nat_of_the_paper():
+    near = {cell for cell in result("paper.json")["runs"] if abs(published(cell)[1]) < 1}
+    assert near == {"fc ml", "fc ssm", "fc dsm"} and PROSE.count("`ml`, `ssm` and `dsm` are within one nat") == 1
+    assert [line for line in RESULTS.splitlines() if line.endswith("| reproduced |")] == [
+        line for line in RESULTS.splitlines() if "FC, `ml`, `ssm`, `dsm` |" in line]
+
+
+def test_the_table_of_settings_has_all_in_which_the_default_run_and_the_published_one_differ():
+    runs = [vars(parse(train_mnist.Settings, flags)) for flags in ([], ["--paper"])]
+    shown = {flag: values for flag, *values in re.findall(r"^\|.*\| `(\w+)` \| (.*) \| (.*) \|$", RESULTS, re.M)}
+    for flag, values in shown.items():
+        assert values == [f"{run[flag]:g}" if isinstance(run[flag], float) else
+                          f"{run[flag]:,}" if isinstance(run[flag], int) else str(run[flag]) for run in runs]
+    assert {name for name in runs[0] if runs[0][name] != runs[1][name]} <= {"paper", *shown}
+
+
+def test_the_page_of_results_is_short():
+    assert len(RESULTS.split()) <= 5000

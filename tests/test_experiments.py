@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 from itertools import product
 from pathlib import Path
@@ -10,13 +11,16 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.figure import Figure
+from matplotlib.text import Annotation
 
 import train_mnist
 import train_toy
+from conftest import checkpoint
 from data import dequantize, load_images
 from densities import TOYS
-from ebflow import EBFlow
-from experiments import ablation, completed, imputation, mass, passed_on, read_metrics, runtime, sheet, speed, tables
+from experiments import (ablation, bumps, completed, explain, idea, imputation, mass, passed_on, read_metrics,
+                         runtime, sheet, speed, starts, tables)
+from layers import FullyConnected, Logit, Standardize
 from losses import OBJECTIVES
 from support import plots
 from support.run import RunError
@@ -90,22 +94,28 @@ def test_the_table_of_mnist_has_what_the_runs_measured_and_trains_nothing_twice(
 
 
 def test_the_table_of_the_toys_has_the_mean_over_seeds_and_the_picture_seed_0(tmp_path, capsys, monkeypatch):
-    shown, origin = [], torch.zeros(1, 2)
+    """Before and after the steps of sml, which `ml` has not, and which are all that the start has."""
+    shown, origin, short = [], torch.zeros(1, 2), dict(epochs=1, steps=5)
     monkeypatch.setattr(plots, "image", lambda axes, f, x, **_: shown.append(f(origin).item()))
     monkeypatch.setattr(tables, "TOYS", {"sine": TOYS["sine"]})
     monkeypatch.setattr(tables, "OBJECTIVES", {loss: OBJECTIVES[loss] for loss in ("ml", "dsm")})
+    monkeypatch.setattr(train_toy, "RECIPES", {"ml": short, "dsm": short | dict(sml_steps=3)})
     tables.main(["--arch", "toy", "--seeds", "2", "--runs", str(tmp_path), "--results", str(tmp_path), "--blocks", "2",
-                 "--width", "8", "--epochs", "1", "--steps", "5", "--batch-size", "50", "--test-points", "200"])
+                 "--width", "8", "--batch-size", "50", "--test-points", "200"])
     rows = saved(tmp_path / "toys.json")["rows"]
-    assert [(row["loss"], row["steps"], row["seeds"]) for row in rows] == [("ml", 5, 2), ("dsm", 5, 2)]
+    assert [row["cell"] for row in rows] == ["ml", "dsm", "the start"]
     for row, name in product(rows, ("kl", "fisher")):
-        runs = [tmp_path / f"toys-{seed}" / f"sine-{row['loss']}" for seed in (0, 1)]
-        figures = [read_metrics(run)[-1][f"test_{name}"] for run in runs]
-        assert figures[0] != figures[1] and (row[name], row[f"{name}_95"]) == tables.interval(figures)
-    assert tables.toy_rows(rows) == capsys.readouterr().out.splitlines()[-2:]
-    assert "±" not in tables.toy_rows([rows[0] | {"seeds": 1, "kl_95": None, "fisher_95": None}])[0]
+        runs = [tmp_path / f"toys-{seed}" / f"sine-{row['cell'].removeprefix('the ')}" for seed in (0, 1)]
+        metrics = [read_metrics(run) for run in runs]
+        for key in (f"test_{name}", f"before_sml_test_{name}"):
+            figures = [m[-1][key if row["cell"] != "ml" else f"test_{name}"] for m in metrics]
+            assert figures[0] != figures[1] and tuple(row[key]) == tables.interval(figures)
+    assert [*tables.toy_rows(rows)] == capsys.readouterr().out.splitlines()[-3:]
+    assert "±" not in [*tables.toy_rows([rows[0] | {name: (1.0, None) for name in tables.FIGURES}])][0]
     flows = [train_toy.load(tmp_path / "toys-0" / f"sine-{loss}") for loss in ("ml", "dsm")]
     assert shown == [f.log_prob(origin).exp().item() for f in (TOYS["sine"](), *flows)]
+    start = read_metrics(tmp_path / "toys-0" / "sine-start")
+    assert start[0]["val_kl"] == start[1]["val_kl"] != start[2]["val_kl"]  # the learning rate of step 0 is 0
 
 
 def test_the_table_of_the_published_settings_has_what_the_runs_measured_and_keeps_the_others(tmp_path, npy, capsys):
@@ -132,7 +142,7 @@ def test_the_ablation_measures_what_train_mnist_does(tmp_path, npy, capsys):
     runs = saved(tmp_path / "ablation-fc.json")["runs"]
     assert len(runs) == 6 and [*ablation.rows(runs)] == capsys.readouterr().out.splitlines()[-3:]
     train_mnist.main([*flags, "--out", str(tmp_path / "run"), "--loss", "dsm", "--no-ema"])
-    for column, directory in (("EMA", tmp_path / "ablation-fc" / "dsm-map-0"), ("no EMA", tmp_path / "run")):
+    for column, directory in (("EMA", tmp_path / "ablation" / "dsm-map-0"), ("no EMA", tmp_path / "run")):
         metrics = read_metrics(directory)
         assert metrics[-1]["best_epoch"] == 2  # the ablation takes the last
         assert runs["dsm with MaP, seed 0"][column] == pytest.approx(metrics[-1]["test_nll"], rel=1e-6)
@@ -146,15 +156,16 @@ def test_the_table_and_the_picture_of_the_ablation_have_each_run_in_its_place():
     cells = [f"{loss} {prefix} MaP, seed 0" for loss in ablation.OBJECTIVES for prefix in ("without", "with")]
     runs = {cell: {"EMA": i, "no EMA": i + 0.5, "norms": {"5": i, "10": 1}} for i, cell in enumerate(cells)}
     assert [*ablation.rows(runs)][1] == "| dsm | 2.5 | 2.0 | 3.5 | 3.0 |"
-    lines = {line.get_color(): line.get_xydata().tolist() for line in ablation.picture(runs).axes[1].lines}
-    assert lines == {"C3": [[5, 2], [10, 1]], "C0": [[5, 3], [10, 1]]}
+    axes = ablation.picture(runs).axes[1]
+    lines = {line.get_linestyle(): line.get_xydata().tolist() for line in axes.lines if len(line.get_xydata())}
+    assert axes.get_title() == "dsm" and lines == {":": [[5, 2], [10, 1]], "-": [[5, 3], [10, 1]]}
 
 
 @pytest.mark.parametrize("arch, loss", [("fc", "ssm"), ("glow", "dsm")])
-def test_imputation_keeps_and_uses_what_is_seen_and_generate_prints_energies(tmp_path, capsys, monkeypatch, arch, loss):
+def test_imputation_keeps_and_uses_what_is_seen(tmp_path, monkeypatch, arch, loss):
     shown = []
     monkeypatch.setattr(imputation, "sheet", lambda images, *a, **b: shown.append(images) or sheet(images, *a, **b))
-    for name, value in {"DIGITS": 40, "DRAWS": 4, "STEPS": 50, "CHAINS": 3, "LOOKS": (10, 60)}.items():
+    for name, value in {"DIGITS": 40, "DRAWS": 4, "STEPS": 50}.items():
         monkeypatch.setattr(imputation, name, value)
     data = tmp_path / "images.npy"  # an image is a shade with noise, and its left half is bright; for glow, in colour
     shade = torch.randint(0, 100, (350, 1, 1, 1)) + torch.randint(0, 16, (350, 4, 4, 1 if arch == "fc" else 3))
@@ -169,11 +180,6 @@ def test_imputation_keeps_and_uses_what_is_seen_and_generate_prints_energies(tmp
     assert errors["mean of draws"] < min(errors["training mean"], errors["one draw"])
     truth, draw = shown[0].view(10, 16, -1, 4, 4)[[0, 2], :, :, :2]
     torch.testing.assert_close(draw, truth, rtol=0, atol=0.01)  # the upper half was seen
-    imputation.main([*shared, "--generate"])
-    printed, model = capsys.readouterr().out, train_mnist.load(tmp_path / "run")
-    pre, flow = EBFlow(model.layers[:4], model.shape), EBFlow(model.layers[4:], model.shape)  # both whiten
-    energy = flow.energy(pre(dequantize(load_images(data)[2]).view(-1, *model.shape))).mean().item()
-    assert float(printed.split("test images    energy")[-1]) == pytest.approx(energy, rel=0.1)
     if arch == "fc":
         np.save(data, np.zeros((350, 4, 8), np.uint8))  # 16 numbers are half an image
         assert "images.npy" in refused(imputation.main, *shared)
@@ -189,7 +195,7 @@ def test_each_mask_hides_what_its_name_says_and_the_error_is_of_hidden_pixels_an
     guess[..., 2:, :] = 64
     assert imputation.rmse(guess, truth, hidden["lower half"]) == 0.25
     images = 256 * torch.rand(3, 2, 60)
-    shown = sheet(images, (3, 4, 5), across=["a", "b"]).axes[0].images[0].get_array()
+    shown = sheet(images, (3, 4, 5), down=["a", "b", "c"]).axes[0].images[0].get_array()
     np.testing.assert_allclose(shown[8:, 5:], images[2, 1].view(3, 4, 5).permute(1, 2, 0) / 256, atol=1e-6)
 
 
@@ -224,7 +230,7 @@ def test_score_matching_counts_products_alone_and_maximum_likelihood_the_cube(lo
 
 
 def test_runtime_prints_the_time_of_each_size_and_objective(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(runtime, "picture", lambda _: Figure(figsize=(1, 1)))  # the next test looks at it
+    monkeypatch.setattr(runtime, "picture", lambda *_: Figure(figsize=(1, 1)))  # the next test looks at it
     monkeypatch.setattr(runtime, "SIZES", [(1, 4), (3, 4)])
     monkeypatch.setattr(runtime, "BATCH_SIZE", 4)
     runtime.main(["--seconds", "0", "--results", str(tmp_path), "--device", "cpu"])
@@ -235,15 +241,61 @@ def test_runtime_prints_the_time_of_each_size_and_objective(tmp_path, capsys, mo
     assert [*ms] == [*OBJECTIVES] and f"| fc | 3×4×4 | 48 | {cells} |" in capsys.readouterr().out.splitlines()
 
 
-def test_the_picture_of_the_readme_shows_recorded_times_and_the_exponents_of_the_operations():
+def exponent(rows, key):
+    return f"{np.polyfit(*np.log([[row['D'], row[key]] for row in rows]).T, 1)[0]:.2f}"
+
+
+def test_the_picture_of_the_runtime_has_a_tick_at_each_size_and_an_entry_with_the_exponent_for_each_objective():
     rows = [row for size in saved(RESULTS / "runtime-cpu.json")["runs"].values() for row in size]
-    left, right = runtime.claim(rows, np.zeros((80, 80, 4))).axes
-    lines = {line.get_label().split()[0]: line for line in left.lines}
-    assert list(lines) == ["ml", "ssm", "dsm", "fdssm"] and right.images
-    own = sorted((row["D"], row["ms"]) for row in rows if (row["arch"], row["loss"]) == ("fc", "dsm"))
-    np.testing.assert_allclose(lines["dsm"].get_xydata(), own)
-    assert lines["ml"].get_label().endswith("D^2.94") and lines["dsm"].get_label().endswith("D^2.00")
-    assert [len(axes.lines) for axes in runtime.picture(rows).axes] == [5, 5, 10, 10]
+    axes_by_cell = dict(zip(product(("fc", "cnn"), ("operations", "ms")), runtime.picture(rows, "a machine").axes))
+    for (arch, key), axes in axes_by_cell.items():
+        own = [row for row in rows if row["arch"] == arch]
+        assert axes.get_xticks().tolist() == sorted({row["D"] for row in own})
+        assert len(axes.lines) == len(OBJECTIVES) * (1 if arch == "fc" else 2)
+        for entry, loss in zip(axes.get_legend().texts, OBJECTIVES, strict=True):
+            assert entry.get_text().startswith(f"{loss},")
+            for channels in [(1, 3)] if arch == "fc" else [(1,), (3,)]:
+                sizes = [row for row in own if row["loss"] == loss and row["channels"] in channels]
+                points = sorted([row["D"], row[key]] for row in sizes)
+                assert any(line.get_xydata().tolist() == points for line in axes.lines)
+                assert exponent(sizes, key) in entry.get_text()
+
+
+def test_the_diagram_sends_each_log_determinant_to_e_or_to_z_and_dashes_what_training_does_not_compute():
+    (model, fixed), axes = idea.default_run(), Figure().subplots()
+    assert [type(layer) for layer in model.layers[:fixed]] == [Standardize, Logit, Standardize, FullyConnected]
+    idea.diagram(axes, model, fixed)
+    arrows = [text for text in axes.texts if isinstance(text, Annotation) and text.xy[1] == text.xyann[1]]
+    x = torch.rand(1, 784)
+    own = [isinstance(layer(x), tuple) for layer in model.layers] + [True]  # a log-determinant of x, or the prior of u
+    assert [arrow.xy[0] > 0 for arrow in arrows] == own and own.count(True) == 3
+    assert [arrow.arrow_patch.get_linestyle() in ("-", "solid") for arrow in arrows] == [
+        to_e and i >= fixed for i, to_e in enumerate(own)]
+
+
+def test_the_picture_of_the_readme_shows_recorded_times_and_the_model_before_and_after_training(tmp_path, monkeypatch):
+    figures, shown, origin, picture = [], [], torch.zeros(1, 2), idea.picture
+    monkeypatch.setattr(idea, "picture", lambda *args: figures.append(picture(*args)) or figures[0])
+    monkeypatch.setattr(plots, "image", lambda axes, f, x, **_: shown.append(f(origin).item()) or 1.0)
+    shutil.copy(RESULTS / "runtime-cpu.json", tmp_path)
+    small = "--blocks 2 --width 8 --epochs 1 --steps 5 --batch-size 50 --test-points 200 --device cpu".split()
+    idea.main(["--runs", str(tmp_path), "--results", str(tmp_path), *small])
+    s, metrics = train_toy.settings.parse(train_toy.Settings, small), read_metrics(tmp_path / "toys-0" / "swirl-dsm")
+    start, swirl, record = idea.start(s), TOYS["swirl"](), saved(tmp_path / "idea.json")
+    points = train_toy.truth(swirl, 50, -1, CPU)  # the validation points of the run
+    assert train_toy.divergences("val", start, *points)["val_kl"] == pytest.approx(metrics[0]["val_kl"])
+    kl = [metrics[0]["val_kl"], metrics[-1]["before_sml_test_kl"], metrics[-1]["test_kl"]]
+    assert [record[key] for key in ("start_val_kl", "before_sml_test_kl", "test_kl")] == kl
+    titles = " ".join(axes.get_title() for axes in figures[0].axes[2:])
+    assert re.findall(r"\d+\.\d+", titles) == [f"{value:.2f}" for value in kl] and len({f"{v:.2f}" for v in kl}) == 3
+    flows = [swirl, start, train_toy.load(tmp_path / "toys-0" / "swirl-dsm")]
+    assert shown == [flow.log_prob(origin).exp().item() for flow in flows] and len({*shown}) == 3
+    measured, times = saved(RESULTS / "runtime-cpu.json"), figures[0].axes[1]
+    for line, loss in zip(times.lines, ("ml", "dsm"), strict=True):
+        rows = [row for size in measured["runs"].values() for row in size if (row["arch"], row["loss"]) == ("fc", loss)]
+        assert line.get_ydata().tolist() == [row["ms"] for row in sorted(rows, key=lambda row: row["D"])]
+        assert line.get_label().startswith(loss) and exponent(rows, "ms") in line.get_label()
+    assert measured["machine"] in [text.get_text().replace("\n", " ") for text in times.texts]
 
 
 @pytest.mark.parametrize("loss, count", [("ml", 5), ("sml", 10), ("ssm", 22), ("dsm", 11), ("fdssm", 5)])  # 3B rows
@@ -299,3 +351,63 @@ def test_the_spread_of_draws_is_their_median_distance_and_their_widest_direction
     z[:, 0] = torch.tensor([3.0, -3.0, 3.0, -3.0])
     z[:, 1] = torch.tensor([1.0, 1.0, -1.0, -1.0])
     assert mass.spread(z) == pytest.approx((math.sqrt(3**2 + 1) / 10, 3.0))
+
+
+def test_sml_gives_two_bumps_their_masses_after_dsm_gave_them_their_shapes(tmp_path, capsys, monkeypatch):
+    runs, picture = [], bumps.picture
+    monkeypatch.setattr(bumps, "STEPS", {"dsm": 400, "sml": 50})
+    monkeypatch.setattr(bumps, "picture", lambda found: runs.extend(found) or picture(found))
+    bumps.main(["--seeds", "1", "--results", str(tmp_path)])
+    (before, after), = masses = saved(tmp_path / "bumps.json")["masses"]
+    assert abs(before - 0.1) > 0.5 and abs(after - 0.1) < 0.08
+    assert capsys.readouterr().out.splitlines() == bumps.rows(masses)
+    run, = runs
+    assert len(run["mass"]) == 450 and [run["mass"][399], run["mass"][-1]] == [before, after]
+    truth, x = bumps.TRUTH.log_prob(bumps.GRID).exp(), bumps.GRID[:, 0]
+    for objective, mass_right in (("dsm", before), ("sml", after)):
+        p = torch.tensor(run[objective])
+        assert (0.01 * p.sum()).item() == pytest.approx(1, abs=1e-4)
+        assert (0.01 * p[x > 0].sum()).item() == pytest.approx(mass_right, abs=1e-4)
+        left = p[x < 0] / (1 - mass_right) - truth[x < 0] / 0.9  # the shape of the larger bump
+        assert left.abs().max() < 0.25 * truth.max()
+
+
+def test_the_pictures_of_the_tour_show_what_it_says_of_them(tmp_path, monkeypatch):
+    images = load_images(explain.MNIST)[0][:2000]
+    monkeypatch.setattr(explain, "load_images", lambda _: [images])
+    monkeypatch.setattr(plots, "save", lambda *_: None)
+    for name, value in {"STEPS": 100, "IMAGES": 20}.items():
+        monkeypatch.setattr(explain, name, value)
+    explain.main(["--results", str(tmp_path)])
+    found = saved(tmp_path / "explain.json")
+    assert found["dsm"]["trained"]["fisher"] < 0.6 * found["dsm"]["start"]["fisher"]
+    # half of the mass is in each mode, and both models have its shape: KL = ½ ln(0.5 / 0.9) + ½ ln(0.5 / 0.1)
+    assert found["weights"]["kl"] == pytest.approx(0.5 * math.log(0.25 / 0.09), abs=0.01)
+    assert 0 < found["weights"]["fisher"] < 1e-3
+    np.testing.assert_allclose(found["langevin"]["chains"], found["langevin"]["weights"], atol=0.06)
+    with_map, without = found["map"].values()
+    assert with_map["largest"] < 5 * with_map["smallest"] < with_map["median"] * 5 < without["smallest"]
+    assert without["largest"] > 100 * without["smallest"]
+
+
+def test_the_starts_have_the_nll_before_training_after_it_and_without_the_refit(tmp_path, npy, monkeypatch, capsys):
+    own = ["--normalize", "center", "--diagonal", "1", "--ratio", "1"]
+    monkeypatch.setattr(starts, "CELLS", {"one Gaussian": [*own, "--epochs", "1", "--lr", "1e-9"], "ours": own})
+    monkeypatch.setattr(starts, "load_images", lambda path: load_images(npy))
+    starts.main(["--data", str(npy), "--batch-size", "50", "--device", "cpu", "--runs", str(tmp_path), "--results",
+                 str(tmp_path)])
+    table = saved(tmp_path / "starts.json")["runs"]
+    assert starts.rows(table) == capsys.readouterr().out.splitlines()[-2:]
+    for cell, row in table.items():
+        metrics = read_metrics(tmp_path / "starts" / cell.replace(" ", "-"))
+        assert row["nll"] == [one["val_nll"] for one in metrics] and row["test_nll"] == metrics[-1]["test_nll"]
+    gaussian, ours = table.values()
+    assert gaussian["nll"] == pytest.approx(gaussian["nll"][::-1]) and len(ours["nll"]) == 9
+    flow = train_mnist.load(tmp_path / "starts" / "ours")
+    state = checkpoint(tmp_path / "starts" / "ours")["state"]
+    last = [name for name in state["model"] if name.startswith("layers.6.")]  # the actnorm
+    assert len(last) == 2 and len(flow.layers) == 7
+    flow.load_state_dict(state["averaged"] | {name: state["model"][name] for name in last})
+    torch.manual_seed(0)
+    x = dequantize(load_images(npy)[2]).view(-1, *flow.shape)
+    assert ours["unrefitted"] == pytest.approx(-flow.log_prob(x).mean().item(), rel=1e-5) != ours["test_nll"]

@@ -138,26 +138,26 @@ def test_the_reconstruction_of_self_normalizing_is_added_and_has_the_gradients_o
 
 @pytest.mark.parametrize("loss, flags", [("ml", []), ("ssm", ["--sigma", "0.4"]), ("dsm", [])])
 def test_the_loop_of_the_rivals_trains_as_train_mnist_does(tmp_path, npy, loss, flags):
-    flags = ["--batch-size", "50", "--lr", "1e-3", "--seed", "3", *flags]
-    train_mnist.main(["--loss", loss, "--normalize", "center", "--epochs", "2", *rivals.PLAIN[loss], *flags, "--data",
-                      str(npy), "--device", "cpu", "--sml-steps", "0", "--out", str(tmp_path / "run")])
-    curve = rivals.train(loss, "center", flags, 5, load_images(npy), CPU, 10)["curve"]  # two epochs of five batches
+    flags = ["--batch-size", "50", "--lr", "1e-3", "--seed", "3", "--normalize", "center", *flags]
+    train_mnist.main(["--loss", loss, "--epochs", "2", *rivals.PLAIN[loss], *flags, "--data", str(npy), "--device",
+                      "cpu", "--sml-steps", "0", "--out", str(tmp_path / "run")])
+    curve = rivals.train(loss, flags, 5, load_images(npy), CPU, 10)["curve"]  # two epochs of five batches
     expected = [row["val_nll"] for row in read_metrics(tmp_path / "run")]
     assert [step for step, _, _ in curve] == [0, 5, 10] and curve[2][2] != pytest.approx(curve[0][2], abs=1e-2)
     assert [nll for _, _, nll in curve] == pytest.approx(expected, abs=1e-3)
 
 
-def test_the_rivals_run_from_both_starts_and_the_time_to_whiten_counts(tmp_path, capsys, monkeypatch, npy):
+def test_the_rivals_run_and_the_time_to_whiten_counts(tmp_path, capsys, monkeypatch, npy):
     for name, value in (("MNIST", shutil.copy(npy, tmp_path)), ("STEPS", 12), ("EVERY", 4)):
         monkeypatch.setattr(rivals, name, value)
     shared = ["--results", str(tmp_path), "--device", "cpu"]
     rivals.main(shared)
     runs = read(tmp_path / "rivals.json")["runs"]
-    assert set(runs) == {f"{name}, {start}" for name in rivals.METHODS for start in ("center", "whiten")}
-    for name, run in runs.items():
-        assert [step for step, _, _ in run["curve"]] == [0, 4, 8, 12]
-        assert run["curve"][-1][2] < run["curve"][0][2] or "whiten" in name  # the NLL
-        assert (run["curve"][0][1] > 0) == ("whiten" in name)  # seconds
+    assert [*runs] == [*rivals.METHODS]
+    for run in runs.values():
+        assert [step for step, _, _ in run["curve"]] == [0, 4, 8, 12] and run["curve"][0][1] > 0  # seconds
+    curve = rivals.train("ml", ["--normalize", "center", "--batch-size", "50"], 4, load_images(npy), CPU, 12)["curve"]
+    assert curve[0][1] == 0 and curve[-1][2] < curve[0][2]  # the NLL
     np.save(rivals.MNIST, 255 - np.load(npy))
     assert "images" in failing(rivals.main)(capsys, *shared)
 
@@ -171,8 +171,8 @@ def test_the_table_of_the_rivals_interpolates_and_takes_the_median_time_of_a_ste
 
 
 def test_digits_beside_each_other_are_as_likely_each_as_alone_and_an_epoch_has_each_once(npy):
-    flags = ["--batch-size", "50", "--lr", "1e-12"]  # the start, where the weights are I
-    one, two = (rivals.train("ml", "center", flags, 2, load_images(npy), CPU, 2, n)["curve"] for n in (1, 2))
+    flags = ["--normalize", "center", "--batch-size", "50", "--lr", "1e-12"]  # the start, where the weights are I
+    one, two = (rivals.train("ml", flags, 2, load_images(npy), CPU, 2, n)["curve"] for n in (1, 2))
     assert one[0][2] == pytest.approx(two[0][2], rel=5e-3)
     images = torch.arange(120).to(torch.uint8).view(-1, 1, 2, 2)
     seen = torch.cat([*islice(rivals.batches(images, 3, 5), 2)])
@@ -183,14 +183,14 @@ def test_digits_beside_each_other_are_as_likely_each_as_alone_and_an_epoch_has_e
 def test_the_race_stops_at_the_level_with_the_settings_of_its_table(tmp_path, capsys, monkeypatch, npy):
     calls, train = {}, rivals.train
 
-    def small(name, start, flags, every, splits, device, steps, digits, until):
+    def small(name, flags, every, splits, device, steps, digits, until):
         s = settings.parse(train_mnist.Settings, ["--loss", rivals.METHODS[name][0], *flags])
-        calls[name, digits] = start, s.lr, steps, s.batch_size, every, s.actnorm, until
-        return train(name, start, [*flags, "--batch-size", "50", "--lr", "1e-2"], 4, splits, device, 40, digits, until)
+        calls[name, digits] = s.normalize, s.lr, steps, s.batch_size, every, s.actnorm, until
+        return train(name, [*flags, "--batch-size", "50", "--lr", "1e-2"], 4, splits, device, 40, digits, until)
 
     for key, value in (("train", small), ("MNIST", npy), ("DIGITS", (1, 2))):
         monkeypatch.setattr(rivals, key, value)
-    start = train("ml", "center", ["--batch-size", "50", "--actnorm", "moments"], 1, load_images(npy), CPU, 1)
+    start = train("ml", [*rivals.CENTRED, "--batch-size", "50"], 1, load_images(npy), CPU, 1)
     monkeypatch.setattr(rivals, "LEVEL", level := start["curve"][0][2] - 1)
     rivals.main(["--race", "--results", str(tmp_path), "--device", "cpu"])
     table = {"ssm": (1e-3, 200, 100), "dsm": (1.5e-3, 160, 100)}
@@ -207,7 +207,7 @@ def test_the_race_stops_at_the_level_with_the_settings_of_its_table(tmp_path, ca
 def test_the_race_sets_the_last_actnorm_on_every_tenth_step_all_the_way(monkeypatch, npy):
     track, tracked = train_mnist.track_moments, []
     monkeypatch.setattr(train_mnist, "track_moments", lambda flow, x: (track(flow, x), tracked.append((flow, x))))
-    rivals.train("dsm", "center", ["--batch-size", "50", "--actnorm", "moments"], 20, load_images(npy), CPU, 20)
+    rivals.train("dsm", [*rivals.CENTRED, "--batch-size", "50"], 20, load_images(npy), CPU, 20)
     assert [len(flow.layers) for flow, _ in tracked] == [7, 4, 4, 7]  # the average before; steps 0 and 10; after
     with torch.no_grad():
         std, mean = torch.std_mean(tracked[-1][0](tracked[-1][1]), dim=0)
@@ -215,11 +215,13 @@ def test_the_race_sets_the_last_actnorm_on_every_tenth_step_all_the_way(monkeypa
 
 
 def test_the_recorded_methods_are_those_of_today_and_the_figures_can_be_drawn_again():
-    for file, methods, picture in (("rivals", rivals.METHODS, rivals.picture),
-                                   ("race-cpu", rivals.RACE, rivals.race_picture),
-                                   ("race-cuda", rivals.RACE, rivals.race_picture)):
-        result = read(RESULTS / f"{file}.json")
-        assert result["methods"] == json.loads(json.dumps(methods)) and picture(result["runs"]).axes[0].lines
+    comparison, *races = (read(RESULTS / f"{file}.json") for file in ("rivals", "race-cpu", "race-cuda"))
+    for result, methods in zip((comparison, *races), (rivals.METHODS, rivals.RACE, rivals.RACE)):
+        assert result["methods"] == json.loads(json.dumps(methods))
+    assert len(rivals.picture(comparison["runs"]).axes[0].lines) == len(rivals.METHODS)
+    for axes, race in zip(rivals.race_picture(races).axes, races):
+        seconds = [best["dsm"][1] for best in rivals.arrivals(race["runs"]).values()]
+        assert [[*line.get_ydata()] for line in axes.lines if line.get_label() == "dsm"] == [seconds]
 
 
 SMALL = "--steps 6 --start-steps 5 --chains 40 --batch-size 64 --blocks 2 --width 8 --energy-width 8".split()
@@ -230,9 +232,9 @@ def test_balanced_makes_its_table_and_figures_and_keeps_other_runs(tmp_path, cap
     flags = ["--seeds", "0", "--runs", str(tmp_path), "--results", str(results), *SMALL, "--epochs", "2",
              *"--test-points 400 --mixing-rounds 3 --local-steps 3 --device cpu --dims 2 --cells".split()]
     balanced.main([*flags, *cells])
-    lines = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| 2 |")]
+    lines = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
     # gradients of a round and the energies of its jump, or of the swaps of eight temperatures
-    assert {line[1]: line[-1].split()[0] for line in lines} == dict(zip(cells, ("6", "–", "40", "4", "4")))
+    assert {line[0]: line[-1] for line in lines} == dict(zip(cells, ("6", "–", "40", "4", "4")))
     assert (results / "ebm-density.png").exists()
     runs, metrics = read(results / "balanced.json")["runs"], read_metrics(tmp_path / "balanced-d2-flow-seed0")
     assert runs["2 flow 0"]["tv"] == metrics[-1]["tv"]
@@ -240,6 +242,15 @@ def test_balanced_makes_its_table_and_figures_and_keeps_other_runs(tmp_path, cap
     balanced.main([*flags, "flow alone", "--dims", "3"])  # beside what is there
     assert {*read(results / "balanced.json")["runs"]} == {*runs, "3 flow alone 0"}
     assert "flags is" in failing(balanced.main)(capsys, *flags, "flow", "--lr", "1")
+
+
+def test_the_table_of_balanced_has_the_least_and_the_largest_of_the_seeds_in_the_column_of_their_dimension():
+    tvs = {2: [0.3, 0.1, 0.2], 8: [0.5, None], 16: [0.00401, 0.00399], 32: [None]}
+    runs = {f"{dim} {i}": {"dim": dim, "cell": "short", "tv": tv, "evaluations": 21.0}
+            for dim, seeds in tvs.items() for i, tv in enumerate(seeds)}
+    runs["other"] = {"dim": 2, "cell": "flow alone", "tv": 0.1}
+    assert [*balanced.rows(runs)] == ["| flow alone | 0.100 | – | – | – | – |",
+                                      "| short | 0.100–0.300 | 0.500, elsewhere | 0.004 | elsewhere | 21 |"]
 
 
 @pytest.fixture(scope="module")
@@ -264,44 +275,59 @@ P = Mixture([0.6, 0.4], MODES)  # the model
 RIGHT = 0.4 + 0.2 * torch.special.ndtr(torch.tensor(-2.0)).item()  # its share of x_1 > 0
 
 
-def judge(x):
-    """A judge of models in the plane, by the sign of x_1; its flow is the Gaussian of x."""
+def points():
     truth = Mixture([0.8, 0.2], MODES)
-    data = SimpleNamespace(sample=truth.sample, held_out=truth.sample(20_000), share=0.2)
-    return unbalanced.Judge(train_ebm.Settings(chains=300), data, lambda x: x[:, 0], train_ebm.gaussian(x))
+    return SimpleNamespace(sample=truth.sample, held_out=truth.sample(20_000))
 
 
-def test_the_judge_finds_the_proportion_and_the_nll_of_a_density_and_says_nothing_where_few_draws_carry_the_weight():
-    judge_of = judge(2 * torch.randn(1000, 2) - 1)
-    row, draws = judge_of(lambda x: 7 - P.log_prob(x), 40)
-    assert abs(row["share"] - RIGHT) < 4 * row["share_se"] < 0.05 and row["ess"] > 0.1
-    assert row["tv"] == pytest.approx(abs(row["share"] - 0.2))
-    assert row["nll"] == pytest.approx(-P.log_prob(judge_of.data.held_out).mean().item(), abs=0.05)
-    assert (draws[:, 0] > 0).double().mean().item() == pytest.approx(0.4, abs=0.25)  # of 64
-    row, _ = judge(torch.randn(1000, 2))(lambda x: 50 * (x - 9).square().sum(1), 0)
-    assert row["ess"] < 0.01 and row["share"] is row["share_se"] is row["tv"] is row["nll"] is None
+def energy(x):
+    return 7 - P.log_prob(x)
 
 
-def test_the_judge_does_not_lose_the_mass_that_only_the_first_flow_reaches():
-    judge_of = judge(2 * torch.randn(1000, 2))  # the other one adapts to one mode alone, and overflows in the other
+def sign(x):
+    return x[:, 0]
+
+
+def test_a_judge_finds_the_proportion_and_the_nll_of_a_density_with_a_flow_that_adapts_to_it(monkeypatch):
+    monkeypatch.setattr(unbalanced, "ROUNDS", 60)
+    first, data = train_ebm.gaussian(2 * torch.randn(1000, 2) - 1), points()
+    adapted = unbalanced.adapted(train_ebm.Settings(chains=300), data, first, energy)
+    before, after = (unbalanced.measure(energy, [flow], data, sign)["ess"] for flow in (first, adapted))
+    row = unbalanced.measure(energy, [first, adapted], data, sign)
+    assert abs(row["share"] - RIGHT) < 0.03 and 0.1 < before < after
+    assert row["nll"] == pytest.approx(-P.log_prob(data.held_out).mean().item(), abs=0.05)
+
+
+def test_the_error_of_a_share_is_from_the_spread_of_the_judges_and_nothing_is_said_where_one_has_few_draws():
+    measures = [{"share": share, "nll": 2.0, "ess": 0.5} for share in (0.1, 0.2, 0.3)]
+    row = unbalanced.judged(measures, 0.25)
+    assert row == {key: pytest.approx(value) for key, value in
+                   dict(share=0.2, nll=2.0, ess=0.5, share_se=0.1 / 3**0.5, tv=0.05).items()}
+    narrow = unbalanced.measure(lambda x: 50 * (x - 9).square().sum(1), [train_ebm.gaussian(torch.randn(1000, 2))],
+                                points(), sign)
+    row = unbalanced.judged([*measures, narrow], 0.25)
+    assert narrow["ess"] < 0.01 and row["share"] is row["share_se"] is row["tv"] is row["nll"] is None
+
+
+def test_a_judge_does_not_lose_the_mass_that_only_the_first_flow_reaches():
+    first = train_ebm.gaussian(2 * torch.randn(1000, 2))  # the other one has one mode alone, and overflows in the other
     left = torch.distributions.MultivariateNormal(torch.tensor([-2.0, 0.0]), 0.1 * torch.eye(2))
-    judge_of.flow = SimpleNamespace(sample=lambda n: left.sample((n,)),
-                                    log_prob=lambda x: left.log_prob(x).where(x[:, 0] < 0, math.nan))
-    row, _ = judge_of(lambda x: -P.log_prob(x), 0)
-    assert abs(row["share"] - RIGHT) < 4 * row["share_se"] < 0.03
+    other = SimpleNamespace(sample=lambda n: left.sample((n,)),
+                            log_prob=lambda x: left.log_prob(x).where(x[:, 0] < 0, math.nan))
+    assert unbalanced.measure(energy, [first, other], points(), sign)["share"] == pytest.approx(RIGHT, abs=0.03)
 
 
 def test_unbalanced_makes_its_runs_and_refuses_a_flow_that_is_lost(tmp_path, monkeypatch, digits):
-    fit, fits, network = unbalanced.fit, [], lambda x: x[:, 0]
-    for name, value in (("fit", lambda *arguments: fits.append(1) or fit(*arguments)), ("ROUNDS", (1, 3)),
-                        ("DRAWS", 500), ("Digits", lambda: digits), ("classifier", lambda data: network)):
+    fit, fits = unbalanced.fit, []
+    for name, value in (("fit", lambda *arguments: fits.append(1) or fit(*arguments)), ("ROUNDS", 2), ("DRAWS", 500),
+                        ("Digits", lambda: digits), ("classifier", lambda data: sign)):
         monkeypatch.setattr(unbalanced, name, value)
     cells = ["flow", "flow alone", "tempering, the flow as base"]
     unbalanced.main(["--results", str(tmp_path), *SMALL, "--cells", *cells])
     runs = read(tmp_path / "unbalanced.json")["runs"]
-    assert len(fits) == 2  # one flow for all, and the flow alone
-    assert [look["update"] for look in runs["flow seed 0"]["looks"]] == [0, 1, 2, 3, 4, 5, 6]
-    assert math.isfinite(runs["flow alone seed 0"]["nll"]) and runs["flow alone seed 0"]["ess"] == pytest.approx(1)
+    assert len(fits) == 2 and (tmp_path / "unbalanced.png").exists()  # one flow for all, and the flow alone
+    assert 0 < runs["flow seed 0"]["chains"] < 1 and runs["flow alone seed 0"]["ess"] == pytest.approx(1)
+    assert math.isfinite(runs["flow alone seed 0"]["nll"]) and runs["flow alone seed 0"]["share_se"] > 0
     s = settings.parse(train_ebm.Settings, ["--dim", "16", "--flow-lr", "1e30", *SMALL])  # the energy stays finite
     with pytest.raises(RunError, match="not finite"):
-        unbalanced.train(s, digits, network, train_ebm.make_flow(s, digits.sample(500)))
+        unbalanced.train(s, digits, train_ebm.make_flow(s, digits.sample(500)))

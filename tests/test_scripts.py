@@ -31,7 +31,7 @@ from support.run import Run, RunError
 EPOCHS = 3
 SMALL = {
     train_mnist: "--epochs 3 --batch-size 50 --lr 1e-3 --sml-steps 0",
-    train_toy: "--epochs 3 --steps 5 --batch-size 32 --blocks 1 --width 8 --test-points 100",
+    train_toy: "--epochs 3 --steps 5 --batch-size 32 --blocks 1 --width 8 --test-points 100 --sml-steps 0",
     train_ebm: "--epochs 3 --steps 4 --batch-size 64 --blocks 2 --width 8 --test-points 400 --dim 3 --chains 48 "
                "--energy-width 8 --start-steps 5 --mixing-rounds 3 --local-steps 3 --flow-lr 1e-3"}
 CELLS = {f"{arch} {loss}": (train_mnist, f"--arch {arch} --loss {loss}" + " --width 4 --depth 1" * (arch == "glow"))
@@ -287,6 +287,66 @@ def test_the_epoch_of_the_lowest_validation_nll_is_tested_and_its_weights_are_ke
     trains = [name for name, p in state["averaged"].items() if not torch.equal(p, state["model"][name])
               and not (cell == "fc dsm" and name.startswith("layers.7"))]  # which goes to the moments to be evaluated
     assert trains and all(torch.equal(third[name], state["model" if extra else "averaged"][name]) for name in trains)
+
+
+# ---- Steps of sml after the epochs of score matching -----------------------------------------------------------------
+
+@pytest.fixture(scope="module", params=["fc dsm", "swirl dsm"])
+def with_sml(request, start, tmp_path_factory):
+    """A cell, its flags, and the directories of its run with three steps of sml at its end, and of one without."""
+    out, flags = tmp_path_factory.mktemp("sml"), ["--sml-lr", "1e-3"] * (request.param == "fc dsm")
+    with pytest.MonkeyPatch.context() as patch:
+        without_pictures(patch)
+        for name, steps in (("with", "3"), ("without", "0")):
+            start(request.param, out / name, *flags, "--sml-steps", steps)
+    return request.param, [*flags, "--sml-steps", "3"], out / "with", out / "without"
+
+
+def test_steps_of_sml_begin_after_the_last_epoch_at_the_best_weights_and_leave_the_epochs_as_they_are(with_sml):
+    cell, _, *runs = with_sml
+    (*before, last), without = (timeless(rows(out)) for out in runs)
+    figures = [{k: v for k, v in row.items() if not k.startswith(("best", "test"))} for row in without]
+    assert before == figures  # score matching alone
+    assert (last["epoch"], last["step"], last["sml_steps"]) == (EPOCHS + 1, before[-1]["step"] + 3, 3)
+    for name, value in without[-1].items():
+        assert not name.startswith("test") or last[f"before_sml_{name}"] == value
+    assert last["val_nll"] != before[-1]["val_nll"]
+    assert cell != "fc dsm" or 0 < rows(runs[0])[-1]["sml_share_of_time"] < 1
+
+
+def test_a_run_killed_before_its_steps_of_sml_ends_where_an_undisturbed_one_ends(with_sml, start, tmp_path, monkeypatch,
+                                                                                no_pictures):
+    cell, flags, whole, _ = with_sml
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        stop_after(patch, EPOCHS + 1)  # checkpoints, of epochs 0 to 3
+        start(cell, tmp_path / "run", *flags)
+    for _ in range(2):  # the second time it has nothing left to do
+        start(cell, tmp_path / "run", *flags, "--resume")
+        assert_same_bits(checkpoint(whole)["state"], checkpoint(tmp_path / "run")["state"])
+        assert timeless(rows(whole))[:-1] == timeless(rows(tmp_path / "run"))[:-1]
+
+
+@pytest.mark.parametrize("cell", ["fc dsm", "swirl dsm"])
+def test_where_steps_of_sml_raise_the_nll_or_fail_the_flow_before_them_is_kept(start, fails, tmp_path, monkeypatch,
+                                                                               no_pictures, cell):
+    """Each step has its rows of the data and so many samples of the model, at its own learning rate. An epoch has 5."""
+    seen, (batch, name) = [], (50, "--sml-lr") if cell == "fc dsm" else (32, "--lr")
+    flags = ["--epochs", "1", "--sml-steps", "7", "--model-samples", "30"]
+
+    def worse(model, x, **config):
+        seen.append((len(x), config["model_samples"]))
+        return -OBJECTIVES["ml"](model, x)
+
+    with monkeypatch.context() as patch:
+        patch.setitem(OBJECTIVES, "sml", worse)
+        rates = watch(patch, CELLS[cell][0]).rates
+        start(cell, tmp_path / "worse", *flags, name, "0.1")
+    last, (_, own) = rows(tmp_path / "worse")[-1], rates.values()
+    assert seen == [(batch, 30)] * 7 and len(own) == 7 and max(own) == pytest.approx(0.1, rel=0.1)
+    assert last["best_epoch"] == 1 and last["test_nll"] == last["before_sml_test_nll"] and last["sml_kept"] is False
+    monkeypatch.setitem(OBJECTIVES, "sml", lambda model, x, **_: math.nan * OBJECTIVES["ml"](model, x))
+    line = fails(cell, tmp_path / "lost", *flags)
+    assert "epoch 2, step 1" in line and checkpoint(tmp_path / "lost")["state"]["best"]["epoch"] == 1
 
 
 # ---- Loaded ----------------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ EPOCHS, STEPS = 2, 5
 
 def arguments(out, *extra):
     return ["--out", str(out), "--epochs", str(EPOCHS), "--steps", str(STEPS), "--batch-size", "32", "--blocks", "1",
-            "--width", "8", "--test-points", "100", "--device", "cpu", *extra]
+            "--width", "8", "--test-points", "100", "--device", "cpu", "--sml-steps", "0", *extra]
 
 
 def parse(*flags):
