@@ -314,6 +314,21 @@ def test_steps_of_sml_begin_after_the_last_epoch_at_the_best_weights_and_leave_t
     assert cell != "fc dsm" or 0 < rows(runs[0])[-1]["sml_share_of_time"] < 1
 
 
+@pytest.mark.parametrize("cell", ["fc dsm", "swirl dsm"])
+def test_the_nll_before_steps_of_sml_is_that_of_the_best_epoch(start, tmp_path, monkeypatch, no_pictures, cell):
+    """Epoch 1 is made the best of three, then the epoch of the steps of sml."""
+    script = CELLS[cell][0]
+    name = "evaluate" if script is train_mnist else "divergences"
+    evaluate, values = getattr(script, name), iter([1.0, 5.0, 6.0, 7.0, 9.0, 4.0, 8.0])
+    monkeypatch.setattr(script, name, lambda split, *args: evaluate(split, *args) | {f"{split}_nll": next(values)})
+    seen = watch(monkeypatch, script)
+    start(cell, tmp_path / "run", "--sml-steps", "2")
+    assert_equal(seen.evaluated[4], seen.evaluated[1])
+    assert_equal(seen.evaluated[6], seen.evaluated[5])
+    last = rows(tmp_path / "run")[-1]
+    assert (last["before_sml_test_nll"], last["test_nll"], last["best_epoch"]) == (9.0, 8.0, 4)
+
+
 def test_a_run_killed_before_its_steps_of_sml_ends_where_an_undisturbed_one_ends(with_sml, start, tmp_path, monkeypatch,
                                                                                 no_pictures):
     cell, flags, whole, _ = with_sml
