@@ -22,7 +22,7 @@ import torch
 import train_ebm
 from densities import mixture
 from experiments import command_line, completed, panels, passed_on, trained
-from judge import Truth, total_variation
+from judge import Truth
 from support import plots
 from support.run import one_line_errors, read_checkpoint
 
@@ -61,8 +61,7 @@ def flow_alone(s):
     data = train_ebm.density(s)
     flow = fit(s, data, s.epochs * s.steps)
     model = SimpleNamespace(energy=lambda x: -flow.log_prob(x), flow=None)
-    row = Truth(data, 5 * s.test_points, s.dim, "cpu").figures(model, flow.sample(s.test_points), "test")
-    return row | {"draws": row["chains"], "draws_tv": total_variation(torch.tensor(row["chains"]), data.weights)}
+    return Truth(data, 5 * s.test_points, s.dim, "cpu").figures(model, flow.sample(s.test_points), "test")
 
 
 def evaluations(s):

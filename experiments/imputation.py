@@ -49,8 +49,7 @@ def complete(model, images, mean):
         many, state = repeat(mask), repeat(z)
         state = torch.where(many, torch.randn_like(state), state)
         state, step_size = tune(model.energy, state, STEPS, step_size=1e-3, where=many)  # burn-in
-        state, report = impute(model.energy, state, many, STEPS, step_size.item(), adjusted=True, start=state)
-        print(f"step size {report.step_size:.3g}, acceptance {report.acceptance.mean():.3f}")
+        state, _ = impute(model.energy, state, many, STEPS, step_size.item(), adjusted=True, start=state)
         draws = pixelwise.inverse(state).unflatten(0, (DRAWS, -1))
         guess = draws.mean(0)
         table[missing] = {"one draw": rmse(draws, x, mask), "mean of draws": rmse(guess, x, mask),

@@ -18,7 +18,6 @@ figure results/unbalanced.png. Prints the table of docs/results.md.
 import copy
 import math
 import statistics
-import time
 from functools import partial
 from types import SimpleNamespace
 
@@ -160,7 +159,7 @@ def run(cell, s, data, network, flows):
     """Trains and judges one model.   flows {seed: the flow that all its models begin with}   -> dict for the table"""
     if s.seed not in flows:
         flows[s.seed] = fit(s, data)
-    flow, start, row = flows[s.seed], time.perf_counter(), {}
+    flow, row = flows[s.seed], {}
     if cell == "flow alone":  # with as many updates as the energies, and judged by its own draws
         flow = fit(s, data, s.steps)
         measures = [measure(lambda x: -flow.log_prob(x), [flow], data, network) for _ in range(JUDGES)]
@@ -168,7 +167,7 @@ def run(cell, s, data, network, flows):
         energy, chains = train(s, data, flow)
         row["chains"] = (network(chains) > 0).double().mean().item()
         measures = [measure(energy, [flow, adapted(s, data, flow, energy)], data, network) for _ in range(JUDGES)]
-    return row | judged(measures, data.share) | {"seconds": time.perf_counter() - start}
+    return row | judged(measures, data.share)
 
 
 def by_cell(runs):
