@@ -11,7 +11,7 @@ network classifies them. The share is the mean over the judges. Its error comes 
 one judge do not show what its flows miss. Where one judge has an effective sample size (ESS) below 1 %, no proportions
 are given.
 
-A seed takes 65 minutes on one core. Writes results/unbalanced.json after every run, and continues from it; then the
+A seed takes 55 minutes on one core. Writes results/unbalanced.json after every run, and continues from it; then the
 figure results/unbalanced.png. Prints the table of docs/results.md.
 """
 
