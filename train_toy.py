@@ -57,9 +57,7 @@ class Settings(settings.Settings):
 
 def train(s, device):
     toy = TOYS[s.data]()
-    torch.manual_seed(s.seed)
-    flow = toy_flow(blocks=s.blocks, width=s.width).to(device)
-    flow.initialize(toy.sample(2000, device, s.start_smoothing))
+    flow = build(s, toy, device)
     averaged = copy.deepcopy(flow)                                     # θ̃ of EMA
     step, optimizer = make_step(s, flow, averaged)
     val, test = truth(toy, s.test_points // 4, -1, device), truth(toy, s.test_points, -2, device)
@@ -95,6 +93,14 @@ def train(s, device):
     run.finish(divergences("test", flow, *test) | {"best_epoch": best["epoch"]} | kept)
     plots.save(s.out / "curves.png", plots.curves(run.metrics, s.loss))
     plots.save(s.out / "density.png", plots.toy(flow, toy, test[0]))
+
+
+def build(s, toy, device):
+    """The flow before training. Its actnorms start at the moments of the points, under the noise of the start."""
+    torch.manual_seed(s.seed)
+    flow = toy_flow(blocks=s.blocks, width=s.width).to(device)
+    flow.initialize(toy.sample(2000, device, s.start_smoothing))
+    return flow
 
 
 def make_step(s, flow, averaged):

@@ -10,6 +10,7 @@ import math
 import torch
 from torch.nn.utils import get_total_norm
 
+import train_toy
 from data import MNIST, dequantize, load_images
 from densities import Mixture, mixture
 from ebflow import EBFlow, toy_flow
@@ -30,8 +31,8 @@ SMOOTHED = Mixture(DATA.weights, DATA.means, std=math.hypot(0.15, SIGMA))
 
 def divergences(p, q, x):
     """KL and Fisher divergence of q from p, by draws x of p.   -> dict"""
-    return {"kl": (p.log_prob(x) - q.log_prob(x)).mean().item(),
-            "fisher": 0.5 * (p.score(x) - q.score(x)).square().sum(1).mean().item()}
+    row = train_toy.divergences("test", q, x, p.log_prob(x), p.score(x))
+    return {name: row[f"test_{name}"] for name in ("kl", "fisher")}
 
 
 def frame(axes, limit, *titles):

@@ -18,7 +18,7 @@ from matplotlib.patches import FancyBboxPatch
 import train_mnist
 import train_toy
 from densities import TOYS
-from ebflow import EBFlow, toy_flow
+from ebflow import EBFlow
 from experiments import command_line, machine, record, runtime, trained
 from layers import LinearLayer
 from support import plots, settings
@@ -103,14 +103,6 @@ def picture(measured, densities):
     return figure
 
 
-def start(s):
-    """The model before training, as train_toy.py makes it."""
-    torch.manual_seed(s.seed)
-    flow = toy_flow(blocks=s.blocks, width=s.width)
-    flow.initialize(TOYS[s.data]().sample(2000, smoothing=s.start_smoothing))
-    return flow.requires_grad_(False)
-
-
 def main(argv=None):
     a, flags = command_line(__doc__, "--runs", "--results", passes="train_toy.py").parse_known_args(argv)
     own, out = "--data swirl --loss dsm --seed 0 --sml-steps 100".split(), a.runs / "toys-0" / "swirl-dsm"
@@ -121,7 +113,9 @@ def main(argv=None):
         before, dsm, sml = kl.values()
         titles = ("truth p\nand its score ∇log p", f"model before training\nKL {before:.2f} nats",
                   f"{s.epochs * s.steps:,} steps of dsm: KL {dsm:.2f}\nthen {s.sml_steps} of sml: KL {sml:.2f}")
-        densities = dict(zip(titles, (TOYS[s.data](), start(s), train_toy.load(out))))
+        truth = TOYS[s.data]()
+        start = train_toy.build(s, truth, "cpu").requires_grad_(False)
+        densities = dict(zip(titles, (truth, start, train_toy.load(out))))
         plots.save(a.results / "idea.png", picture(measured, densities))
         record(a.results / "idea.json", {"command": " ".join(["python -m experiments.idea", *flags]),
                                          "seed": s.seed, "machine": machine()} | kl)

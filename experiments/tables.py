@@ -85,26 +85,6 @@ def mnist_rows(table):
             f"**{row['test_nll']:.1f}** | {row['test_bpd']:.3f} | {row['epochs']} |" for loss, row in table.items()]
 
 
-def readme_rows(mnist, starts):
-    """The table of README.md: test NLL of a Gaussian, of the paper, before and after training.
-
-    mnist   {architecture: results/mnist-ARCH.json}
-    starts  the runs of results/starts.json
-    """
-    def row(name, cell):
-        return f"| {name} | " + " | ".join(map(cell, OBJECTIVES)) + " |"
-
-    yield row("one Gaussian", lambda _: f"{starts['one Gaussian']['test_nll']:.1f}")
-    for arch, name in (("fc", "FC"), ("cnn", "CNN"), ("glow", "small Glow")):
-        runs = mnist[arch]
-        if arch in PUBLISHED:
-            yield row(f"{name}, paper", lambda loss: f"{PUBLISHED[arch][loss]}")
-        yield row(f"{name}, start", lambda loss: f"{runs[loss]['start_val_nll']:.1f}")
-        yield row(f"{name}, here", lambda loss: f"{alone(runs[loss]):.1f}")
-        yield row(f"{name}, then `sml`",
-                  lambda loss: f"{runs[loss]['test_nll']:.1f}" if runs[loss].get("before_sml") else "")
-
-
 def paper(a):
     """Images by the published recipes."""
     path = a.results / "paper.json"

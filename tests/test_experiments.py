@@ -281,7 +281,8 @@ def test_the_picture_of_the_readme_shows_recorded_times_and_the_model_before_and
     small = "--blocks 2 --width 8 --epochs 1 --steps 5 --batch-size 50 --test-points 200 --device cpu".split()
     idea.main(["--runs", str(tmp_path), "--results", str(tmp_path), *small])
     s, metrics = train_toy.settings.parse(train_toy.Settings, small), read_metrics(tmp_path / "toys-0" / "swirl-dsm")
-    start, swirl, record = idea.start(s), TOYS["swirl"](), saved(tmp_path / "idea.json")
+    swirl, record = TOYS["swirl"](), saved(tmp_path / "idea.json")
+    start = train_toy.build(s, swirl, CPU).requires_grad_(False)
     points = train_toy.truth(swirl, 50, -1, CPU)  # the validation points of the run
     assert train_toy.divergences("val", start, *points)["val_kl"] == pytest.approx(metrics[0]["val_kl"])
     kl = [metrics[0]["val_kl"], metrics[-1]["before_sml_test_kl"], metrics[-1]["test_kl"]]

@@ -15,7 +15,7 @@ from layers import FullyConnected
 from losses import OBJECTIVES
 from support import settings
 from support.optimization import trainable
-from train_toy import RECIPES, Settings, divergences, main, make_step, noise_level, truth
+from train_toy import RECIPES, Settings, build, divergences, main, make_step, noise_level, truth
 
 EPOCHS, STEPS = 2, 5
 
@@ -113,6 +113,15 @@ def test_the_noise_falls_geometrically_to_that_of_the_toy():
     s = parse("--start-smoothing", "6", "--anneal", "0.8")
     assert noise_level(s, 0.0) == 6 and noise_level(s, 0.8) == noise_level(s, 1.0) == Toy.smoothing
     assert noise_level(s, 0.4) == pytest.approx(math.sqrt(6 * Toy.smoothing))
+
+
+def test_the_flow_starts_at_the_moments_of_points_under_the_noise_of_the_start():
+    s, toy = parse("--start-smoothing", "6", "--blocks", "2", "--width", "8", "--seed", "3"), TOYS["swirl"]()
+    flow = build(s, toy, "cpu")
+    u = flow(toy.sample(20_000, "cpu", 6.0)).detach()
+    torch.testing.assert_close(u.mean(0), torch.zeros(2), rtol=0, atol=0.1)
+    torch.testing.assert_close(u.std(0), torch.ones(2), rtol=0, atol=0.1)
+    assert all(map(torch.equal, flow.parameters(), build(s, toy, "cpu").parameters()))
 
 
 # ---- A training step -------------------------------------------------------------------------------------------------
