@@ -55,7 +55,7 @@ def denoising():
 
     def show(axes, density):
         plots.image(axes, lambda x: density.log_prob(x).exp(), torch.tensor([[limit]]), vmin=0, vmax=0.12)
-        plots.scores(axes, density, 20, limit, x)
+        plots.scores(axes, density, 20, limit, x, color="w")
         found.append(divergences(SMOOTHED, density, test))
 
     show(axes[1], flow)
