@@ -1,5 +1,5 @@
 # An unofficial reimplementation of EBFlow (arXiv 2305.15267). MIT licence, copyright (c) 2026 its contributors.
-"""Images: files of bytes, and dequantisation."""
+"""Images: files of bytes, dequantisation, and a flow that takes and gives bytes. Points: files of numbers."""
 
 import gzip
 import hashlib
@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn as nn
 
 MNIST = Path(__file__).parent / "mnist"
 
@@ -91,17 +92,22 @@ def read_cifar(path):
 
 def read_npy(path):
     """The images in a NumPy file of bytes, (n, H, W) or (n, H, W, C).   -> uint8 (n, C, H, W)"""
-    try:
-        with open(path, "rb") as file:
-            images = np.lib.format.read_array(file, allow_pickle=False)
-    except Exception as error:  # numpy raises many kinds for a damaged file
-        raise DataError(f"cannot read {path}: {error}; it must be one array of images of one shape") from None
+    images = read_array(path)
     if images.dtype != np.uint8:
         raise DataError(f"{path} holds {images.dtype}, not bytes: save images of 0 … 255 as uint8")
     images = images[..., None] if images.ndim == 3 else images
     if images.ndim != 4 or images.shape[3] not in (1, 3, 4):
         raise DataError(f"{path} has the shape {images.shape}, not (n, H, W) or (n, H, W, 1, 3 or 4 channels)")
     return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
+
+
+def read_array(path):
+    """The one array in a NumPy file, loaded without executing code."""
+    try:
+        with open(path, "rb") as file:
+            return np.lib.format.read_array(file, allow_pickle=False)
+    except Exception as error:  # numpy raises many kinds for a damaged file
+        raise DataError(f"cannot read {path}: {error}; it must be one array of numbers") from None
 
 
 def dequantize(images):
@@ -111,3 +117,108 @@ def dequantize(images):
     negative log-likelihood of the image. Source: Uria et al., "RNADE" (2013).
     """
     return images + torch.rand(images.shape, device=images.device)
+
+
+class ImageModel(nn.Module):
+    """A flow of x in [0, 256)^D as a model of images: bytes go in, are dequantised here, and bytes come out.
+
+    flow    an EBFlow on events (C, H, W) or (C·H·W,)
+    image   (C, H, W)
+
+    All methods but `inverse` and `sample` take bytes, uint8 (n, C, H, W). They raise TypeError for any other dtype: of
+    pixels in [0, 1], or of whole numbers without the noise, the flow's log-density is another, and looks plausible.
+    Each call draws its own noise, so log p differs from call to call by some nats; torch.manual_seed fixes it.
+    """
+
+    def __init__(self, flow, image):
+        super().__init__()
+        self.flow, self.image = flow, tuple(image)
+
+    def log_prob(self, images):
+        """log p(x) in nats, exact.   -> (n,)"""
+        return self.flow.log_prob(self.x(images))
+
+    def energy(self, images):
+        """E(x) in nats.   -> (n,)"""
+        return self.flow.energy(self.x(images))
+
+    def bits_per_dim(self, images):
+        """-log p(x) / (D ln 2).   -> (n,)"""
+        return -self.log_prob(images) / (math.prod(self.image) * math.log(2))
+
+    def score(self, images):
+        """∇_x log p(x), in nats per grey level.   -> (n, C, H, W)"""
+        return self.flow.score(self.x(images)).view(-1, *self.image)
+
+    def forward(self, images):
+        """The latent variable u = g(x).   -> (n, *flow.shapes[-1])"""
+        return self.flow(self.x(images))
+
+    def inverse(self, u):
+        """The image whose unit cube has g⁻¹(u) in it.   (n, *flow.shapes[-1]) -> bytes (n, C, H, W)"""
+        x = self.flow.inverse(u).view(-1, *self.image)
+        return x.clamp(0, 255).to(torch.uint8)  # rounds down; a byte of 256 would be 0, so white would turn black
+
+    def sample(self, n):
+        """n draws.   -> bytes (n, C, H, W)"""
+        return self.flow.sample(n).view(-1, *self.image).clamp(0, 255).to(torch.uint8)
+
+    def x(self, images):
+        """What the flow takes: dequantised, on its device.   bytes (n, C, H, W) -> (n, *flow.shape)"""
+        if images.dtype != torch.uint8:
+            raise TypeError(f"images are bytes of 0 … 255, torch.uint8, not {images.dtype}")
+        if images.shape[1:] != self.image:
+            raise ValueError(f"images have the shape (n, {', '.join(map(str, self.image))}), not {tuple(images.shape)}")
+        like = next(self.flow.parameters())
+        return dequantize(images.to(like.device)).to(like.dtype).view(-1, *self.flow.shape)
+
+
+# ---- Points ----------------------------------------------------------------------------------------------------------
+
+class Points:
+    """The rows of a file: 80 % to train, 10 % to validate, 10 % to test, shuffled by `seed`.
+
+    path    a text file with commas between the columns, and perhaps a header; or a NumPy file (n, D)
+
+    `mean` and `std` (D,) are those of the training rows. Raises DataError for what is not a finite number, for columns
+    that are constant or depend linearly on others (such points have no density), and unless 2 ≤ D ≤ 64, n ≥ 100.
+    """
+
+    def __init__(self, path, seed):
+        x = torch.from_numpy(read_points(path))
+        n, D = x.shape
+        if not (2 <= D <= 64 and n >= 100):
+            raise DataError(f"{path} has {n} rows of {D} columns: it takes at least 100 of 2 to 64")
+        for i, j in (~x.isfinite()).nonzero()[:1].tolist():
+            raise DataError(f"{path}: column {j + 1} of row {i + 1} is not a finite number")
+        x = x[torch.randperm(n, generator=torch.Generator().manual_seed(seed))]
+        train, val, test = x.split([n - 2 * (n // 10), n // 10, n // 10])
+        self.std, self.mean = torch.std_mean(train, 0)
+        if not (self.std > 0).all():
+            raise DataError(f"{path}: column {self.std.argmin() + 1} is constant")
+        if torch.linalg.eigvalsh(train.T.corrcoef())[0] < 1e-9:
+            raise DataError(f"{path}: a column is a linear function of the others: leave it out")
+        gaussian = torch.distributions.MultivariateNormal(self.mean, train.T.cov())
+        self.gaussian_nll = -gaussian.log_prob(test).mean().item()  # of the test rows, in nats
+        self.train, self.val, self.test = (rows.to(torch.get_default_dtype()) for rows in (train, val, test))
+        self.identity = {"points": [n, D], "sha256": hashlib.sha256(x.numpy().tobytes()).hexdigest()}
+
+    def sample(self, n, device, smoothing):
+        """n of the training rows, with noise that has `smoothing` times a column's deviation.   -> (n, D)"""
+        rows = self.train[torch.randint(len(self.train), (n,))]
+        return (rows + smoothing * self.std.to(rows) * torch.randn_like(rows)).to(device)
+
+
+def read_points(path):
+    """The numbers in a text file or a NumPy file; what is no number is nan.   -> float64 (n, D)"""
+    if Path(path).suffix == ".npy":
+        rows = read_array(path)
+        if rows.ndim != 2 or rows.dtype.kind not in "fiu":
+            raise DataError(f"{path} holds {rows.dtype} of the shape {rows.shape}, not numbers (n, D)")
+        return rows.astype(np.float64)
+    try:
+        lines = Path(path).read_text("utf-8-sig").strip().splitlines() or ["nan"]
+        rows = np.genfromtxt(lines, delimiter=",", ndmin=2)
+    except (OSError, ValueError) as error:  # no file, no text, rows of different lengths
+        raise DataError(f"cannot read {path}: {error}") from None
+    return rows[1:] if np.isnan(rows[:1]).all() else rows  # a header

@@ -9,13 +9,14 @@ decides which epoch is kept. The test split is read at the end, and before steps
 
 import copy
 import math
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from data import MNIST, DataError, dequantize, digest, load_images
+from data import MNIST, DataError, ImageModel, dequantize, digest, load_images
 from ebflow import EBFlow, cnn_flow, fc_flow, glow_flow, logit_preprocessing
 from layers import ActNorm, FullyConnected
 from losses import OBJECTIVES
@@ -23,7 +24,7 @@ from recipes import PAPER, RECIPES
 from support import plots, processes, settings
 from support.fast import accelerated, fast_products
 from support.optimization import cosine, trainable, update_average
-from support.run import Run, RunError, one_line_errors, read_checkpoint
+from support.run import Run, RunError, intact, one_line_errors, read_checkpoint
 from support.settings import setting
 
 MATCHING = ("ssm", "dsm", "fdssm")
@@ -65,9 +66,13 @@ class Settings(settings.Settings):
     xi: float = setting(1.0, "length ξ of the finite difference", above=0, of=("fdssm",))
     energy_weight: float = setting(0.0, "λ of an added λ E(z); published for Glow", least=0, of=MATCHING)
     compile: bool = setting(False, "torch.compile the gradient", decides=False)
+    evaluate: Path = setting(None, "a finished run to evaluate on --data; nothing is trained", decides=False)
 
     def recipe(self):
-        return (PAPER if self.paper else RECIPES).get(f"{self.arch} {self.loss}", {})
+        cell = f"{self.arch} {self.loss}"
+        if self.paper and cell not in PAPER:
+            sys.exit(f"error: there is no published recipe of {cell}: recipes.py: PAPER has no such row")
+        return (PAPER if self.paper else RECIPES).get(cell, {})
 
 
 def train(s, device, rank=0, size=1):
@@ -245,13 +250,19 @@ def measure(s, pre, images):
 
 
 def load(directory):
-    """The flow of x of a finished run, with its best weights, in eval mode, frozen, on the CPU.   -> EBFlow"""
-    saved = read_checkpoint(Path(directory) / "checkpoint.pt")
-    s = Settings(**{name: value for name, value in saved["config"].items() if hasattr(Settings, name)})
-    pre, flow = (make(s, saved["config"]["images"][1:]) for make in (preprocessing, architecture))
-    model = EBFlow([*pre.layers, *flow.layers], pre.shape)
-    model.load_state_dict(saved["state"]["best"]["model"])
-    return model.eval().requires_grad_(False)
+    """The flow of a finished run, with its best weights, in eval mode, frozen, on the CPU.
+
+    -> data.py: ImageModel, which takes and gives bytes; its `flow` is the EBFlow of x in [0, 256)^D
+    """
+    path = Path(directory) / "checkpoint.pt"
+    saved = read_checkpoint(path)
+    with intact(path):
+        config, weights = saved["config"], saved["state"]["best"]["model"]
+        s = Settings(**{name: value for name, value in config.items() if hasattr(Settings, name)})
+        pre, flow = (make(s, config["images"][1:]) for make in (preprocessing, architecture))
+        model = EBFlow([*pre.layers, *flow.layers], pre.shape)
+        model.load_state_dict(weights)
+    return ImageModel(model, config["images"][1:]).eval().requires_grad_(False)
 
 
 @torch.no_grad()
@@ -277,10 +288,23 @@ def evaluate(split, model, images):
     return {f"{split}_nll": nll, f"{split}_bpd": nll / (math.prod(model.shape) * math.log(2))}
 
 
+def evaluate_run(s, device, rank=0, size=1):
+    """Prints NLL and bits/dim of the validation and test images of --data by the finished run --evaluate."""
+    if s.config() != settings.parse(Settings, []).config():
+        raise RunError("--evaluate takes its settings from the run: leave out all flags but --data and --device")
+    model, splits = load(s.evaluate).to(device), load_images(s.data)
+    if splits[0].shape[1:] != model.image:
+        raise RunError(f"{s.evaluate} is of images {model.image}, not {tuple(splits[0].shape[1:])} as in {s.data}")
+    for name, images in zip(("val", "test"), splits[1:]):
+        figures = evaluate(name, model.flow, images.to(device))
+        print("  ".join(f"{key} {value:.4f}" for key, value in figures.items()), f" of {len(images):,} images")
+    print("nothing was trained or refitted", flush=True)
+
+
 def main(argv=None):
     s = settings.parse(Settings, argv)
     with one_line_errors(DataError, ValueError, torch.linalg.LinAlgError), processes.joined(s.device) as place:
-        train(s, *place)
+        evaluate_run(s, *place) if s.evaluate else train(s, *place)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ OBJECTIVES = ["ssm", "dsm", "fdssm"]
 def train(own, out, flags, splits):
     """One training.   -> {"EMA": test NLL, "no EMA": test NLL, "norms": {step: mean norm}}"""
     s, metrics = trained(train_mnist, own, out, flags)
-    model, state, nlls = train_mnist.load(out), read_checkpoint(out / "checkpoint.pt")["state"], {}
+    model, state, nlls = train_mnist.load(out).flow, read_checkpoint(out / "checkpoint.pt")["state"], {}
     for name, part in (("EMA", "averaged"), ("no EMA", "model")):
         model.load_state_dict(state[part])                             # after the last epoch
         if s.actnorm == "moments":                                     # of clean images, as train_mnist.py does

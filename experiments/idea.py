@@ -113,8 +113,8 @@ def main(argv=None):
         before, dsm, sml = kl.values()
         titles = ("truth p\nand its score ∇log p", f"model before training\nKL {before:.2f} nats",
                   f"{s.epochs * s.steps:,} steps of dsm: KL {dsm:.2f}\nthen {s.sml_steps} of sml: KL {sml:.2f}")
-        truth = TOYS[s.data]()
-        start = train_toy.build(s, truth, "cpu").requires_grad_(False)
+        truth = TOYS[str(s.data)]()
+        start = train_toy.build(s, truth, "cpu")[1].requires_grad_(False)
         densities = dict(zip(titles, (truth, start, train_toy.load(out))))
         plots.save(a.results / "idea.png", picture(measured, densities))
         record(a.results / "idea.json", {"command": " ".join(["python -m experiments.idea", *flags]),

@@ -65,7 +65,7 @@ def main(argv=None):
     parser.add_argument("--data", type=Path, default=MNIST)
     a = parser.parse_args(argv)
     with one_line_errors(DataError):
-        model, config = train_mnist.load(a.run), read_checkpoint(a.run / "checkpoint.pt")["config"]
+        model, config = train_mnist.load(a.run).flow, read_checkpoint(a.run / "checkpoint.pt")["config"]
         train_set, _, test_set = load_images(a.data)
         if [*train_set.shape[1:]] != config["images"][1:]:
             raise RunError(f"{a.data} has images of another size than those of {a.run}")

@@ -42,7 +42,7 @@ def measure(own, out, whitened, images):
     whitened  a run whose pre-processing whitens; the flow by ml has the first three of these layers, and no whitening
     """
     _, metrics = trained(train_mnist, own, out, [])
-    flow, pre = train_mnist.load(out), train_mnist.load(whitened).layers[:4]
+    flow, pre = train_mnist.load(out).flow, train_mnist.load(whitened).flow.layers[:4]
     k = 4 if "ml" not in own else 3
     torch.manual_seed(0)
     z = EBFlow(flow.layers[k:], flow.shape).sample(2000)  # all layers are frozen

@@ -50,7 +50,7 @@ def main(argv=None):
             own = [*own, *["--epochs", "8"] * ("--epochs" not in own), "--sml-steps", "0"]
             out = a.runs / "starts" / cell.replace(" ", "-").replace("/", "by")
             s, metrics = trained(train_mnist, own, out, flags)
-            flow, state = train_mnist.load(out), read_checkpoint(out / "checkpoint.pt")["state"]
+            flow, state = train_mnist.load(out).flow, read_checkpoint(out / "checkpoint.pt")["state"]
             held = f"layers.{len(flow.layers) - 1}." if s.actnorm == "moments" else "none"  # it has no average
             flow.load_state_dict({name: state["model" if name.startswith(held) else "averaged"][name]
                                   for name in state["model"]})

@@ -1,6 +1,7 @@
 """Pictures: each function returns a matplotlib figure, or draws on the axes that it is given. `save` writes it."""
 
 import io
+import itertools
 
 import torch
 from matplotlib.figure import Figure
@@ -32,15 +33,20 @@ def curves(metrics, loss):
         axes.set(xlabel="epoch", ylabel=ylabel, title=title)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
-        low, late = min(values), max(values[len(values) // 3:])
-        if max(values) > low + 20 * (late - low) > low:  # a start far away would flatten the rest
-            axes.set_ylim(low - 0.5 * (late - low), low + 4 * (late - low))
+        axes.set_ylim(*zoom(values))
     if "sml_steps" in last:
         left.axvspan(last["epoch"] - 1, last["epoch"], color=COLORS["sml"], alpha=0.4,
                      label=f"{last['sml_steps']} steps of sml")
     left.plot(last["best_epoch"], last["test_nll"], "k*", label=f"test, {last['test_nll']:.1f} nats")
     left.legend()
     return figure
+
+
+def zoom(values):
+    """Limits of an axis that leave out a start far away, which would flatten the rest; None, None if there is none."""
+    low, late = min(values), max(values[len(values) // 3:])
+    return (low - 0.5 * (late - low), low + 4 * (late - low)) if max(values) > low + 20 * (late - low) > low else (
+        None, None)
 
 
 def mosaic(images):
@@ -82,19 +88,61 @@ def scores(axes, model, n, limit, like, **style):
     axes.quiver(*points.T.cpu().numpy(), *arrows.T.cpu().numpy(), **style)
 
 
-def toy(flow, truth, x):
-    """Truth beside model, and the energy with the score as arrows: they point to where the density grows."""
-    figure = Figure(figsize=(10.5, 3.9), layout="constrained")
-    left, middle, right = figure.subplots(1, 3)
-    top = truth.log_prob(x).max().exp().item()
-    image(left, lambda x: truth.log_prob(x).exp(), x, vmin=0, vmax=top)
-    image(middle, lambda x: flow.log_prob(x).exp(), x, vmin=0, vmax=top)
-    energy = flow.energy(x).detach()
-    limit = image(right, flow.energy, x, vmin=energy.min().item(), vmax=energy.max().item(), cmap="viridis_r")
-    scores(right, flow, 24, limit, x, color="w", width=0.004)
-    for axes, title in ((left, "truth p"), (middle, "model p_θ"), (right, "energy E, and the score -∇E")):
-        axes.set_title(title)
+@torch.no_grad()
+def toy(flow, x, metrics, loss, truth=None):
+    """What a run of train_toy.py found: the held-out points x (n, D) or their true density, the flow's density, its
+    energy with the score as arrows, and its draws; in more than two dimensions, pairs of columns. Then the loss and,
+    against it, what it is for: KL and Fisher divergence from the truth, or the NLL beside a Gaussian's."""
+    pairs, x, last = [*itertools.combinations(range(min(x.shape[1], 4)), 2)], x[:2000], metrics[-1]
+    draws, n = flow.sample(len(x)).cpu(), max(len(pairs), 4) + 2
+    figure = Figure(figsize=(3.6 * ((n + 1) // 2), 7.2), layout="constrained")
+    axes = [*figure.subplots(2, (n + 1) // 2).flat]
+    if len(pairs) == 1:
+        top = (truth or flow).log_prob(x).max().exp().item()
+        if truth:
+            image(axes[0], lambda x: truth.log_prob(x).exp(), x, vmin=0, vmax=top)
+        limit = image(axes[1], lambda x: flow.log_prob(x).exp(), x, vmin=0, vmax=top)
+        energy = flow.energy(x)
+        image(axes[2], flow.energy, x, vmin=energy.min().item(), vmax=energy.max().item(), cmap="viridis_r")
+        scores(axes[2], flow, 24, limit, x, color="w", width=0.004)
+        for one, points in ((axes[3], draws), *([] if truth else [(axes[0], x.cpu())])):
+            one.plot(*points.T.numpy(), "k.", ms=1.5, alpha=0.6)
+            one.set(xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal", xticks=[], yticks=[])
+        for one, title in zip(axes, ("truth p" if truth else "held-out points", "model p_θ",
+                                     "energy E, and the score -∇E", "draws of the model")):
+            one.set_title(title)
+    else:
+        for one, (i, j) in zip(axes, pairs):
+            for points, color, label in ((x.cpu(), "k", "held-out points"), (draws, COLORS[loss], "draws")):
+                one.plot(*points[:, [i, j]].T.numpy(), ".", color=color, ms=2, alpha=0.5, label=label)
+            xlim, ylim = ((p.min().item() - 0.5, p.max().item() + 0.5) for p in (x[:, i], x[:, j]))
+            one.set(xlim=xlim, ylim=ylim, xlabel=f"column {i + 1}", ylabel=f"column {j + 1}")
+        axes[0].legend(markerscale=4)
+    for one in axes[len(pairs) if len(pairs) > 1 else 4:-2]:
+        one.axis("off")
+    objective, goal = axes[-2:]
+    history(objective, metrics, "loss", loss, color=COLORS[loss])
+    if truth:
+        history(goal, metrics, "val_kl", "KL(p‖p_θ)", color="k")
+        history(goal, metrics, "val_fisher", "Fisher(p‖p_θ)", color=COLORS["ssm"])
+        goal.set_yscale("log")
+    else:
+        history(goal, metrics, "val_nll", "NLL of held-out points", color="k")
+        goal.axhline(last["gaussian_test_nll"], color=GREY, ls="--", label="one Gaussian")
+        goal.set_ylim(*zoom([row["val_nll"] for row in metrics] + [last["gaussian_test_nll"]]))
+    for one in (objective, goal):
+        if "sml_steps" in last:
+            one.axvspan(metrics[-2]["step"], last["step"], color=COLORS["sml"], alpha=0.4, label="sml")
+        one.set(xlabel="step")
+        one.grid(alpha=0.3)
+        one.legend()
     return figure
+
+
+def history(axes, metrics, key, label, **style):
+    """A figure of the metrics against training steps, where it is known. The loss of steps of sml is another's."""
+    rows = [row for row in metrics if row[key] is not None and (key != "loss" or "before_sml_test_nll" not in row)]
+    axes.plot([row["step"] for row in rows], [row[key] for row in rows], marker=".", label=label, **style)
 
 
 # ---- Energies with a flow as their sampler ---------------------------------------------------------------------------

@@ -30,6 +30,15 @@ def float64():
 
 
 @pytest.fixture(scope="session")
+def csv(tmp_path_factory):
+    """A file of 300 points of 3 columns on a parabola, with a header."""
+    generator, path = np.random.default_rng(0), tmp_path_factory.mktemp("data") / "points.csv"
+    t, noise = generator.normal(size=300), 0.3 * generator.normal(size=(300, 3))
+    np.savetxt(path, np.stack([t, t * t, 100 - 20 * t], 1) + noise, delimiter=",", header="a,b,c", comments="")
+    return path
+
+
+@pytest.fixture(scope="session")
 def npy(tmp_path_factory):
     """A file of 350 images of 4 × 4 pixels, each a shade with noise: 250 to train, 50 to validate, 50 to test."""
     generator, path = np.random.default_rng(0), tmp_path_factory.mktemp("data") / "images.npy"
@@ -41,7 +50,7 @@ def npy(tmp_path_factory):
 def without_pictures(monkeypatch):
     """Drawing takes longer than the small runs of most tests."""
     for name in ("save", "curves", "mosaic", "toy", "ebm", "mode_weights"):
-        monkeypatch.setattr(plots, name, lambda *args: None)
+        monkeypatch.setattr(plots, name, lambda *args, **kwargs: None)
 
 
 @pytest.fixture

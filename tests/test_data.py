@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from data import MNIST, DataError, dequantize, digest, load_images, read_idx
+from data import MNIST, DataError, ImageModel, Points, dequantize, digest, load_images, read_idx
+from ebflow import EBFlow, cnn_flow, fc_flow
+from layers import Standardize
 
 
 def idx(images):
@@ -132,3 +134,108 @@ def test_arrays_that_are_not_of_images_are_refused_with_their_shapes(tmp_path):
         (tmp_path / f"{name}-images-idx3-ubyte").write_bytes(idx(GREY[:, 0, 0]))
     with pytest.raises(DataError, match=r"\(300, 1\)"):
         load_images(tmp_path)
+
+
+# ---- Bytes in, bytes out ---------------------------------------------------------------------------------------------
+
+def models():
+    """A flow of vectors and one of images (2, 4, 4), near the start of both."""
+    for shape, flow in (((32,), fc_flow(32)), ((2, 4, 4), cnn_flow((2, 4, 4), 3, 1))):
+        layers = [Standardize(60.0, 128.0), *flow.layers]
+        for p in flow.parameters():
+            p.data += 0.05 * torch.randn_like(p)
+        yield ImageModel(EBFlow(layers, shape), (2, 4, 4))
+
+
+def test_every_figure_of_bytes_is_that_of_the_flow_at_the_dequantised_bytes():
+    images = torch.randint(256, (5, 2, 4, 4), dtype=torch.uint8)
+    for model in models():
+        def seeded(f):
+            torch.manual_seed(1)
+            return f(images)
+
+        x, flow = seeded(lambda images: dequantize(images).view(5, *model.flow.shape)), model.flow
+        assert ((x.view(images.shape) - images - 0.5).abs() <= 0.5).all()
+        for found, expected in ((model.log_prob, flow.log_prob(x)), (model.energy, flow.energy(x)), (model, flow(x)),
+                                (model.score, flow.score(x).view(images.shape)),
+                                (model.bits_per_dim, -flow.log_prob(x) / (32 * np.log(2)))):
+            torch.testing.assert_close(seeded(found), expected)
+
+
+def test_bytes_come_back_from_their_latent_variable_and_white_stays_white():
+    images = torch.randint(256, (50, 2, 4, 4), dtype=torch.uint8)
+    for model in models():
+        back = model.inverse(model(images))
+        assert back.dtype == torch.uint8 and (back != images).float().mean() < 0.001
+        x = torch.full((1, *model.flow.shape), 256.0003)
+        assert (model.inverse(model.flow(x)) >= 254).all() and (model.inverse(model.flow(-x)) == 0).all()
+        draws = model.sample(200)
+        assert draws.dtype == torch.uint8 and draws.shape == (200, 2, 4, 4)
+        torch.manual_seed(0)
+        x = model.flow.sample(200).view(draws.shape)
+        torch.manual_seed(0)
+        assert ((model.sample(200) - x.clamp(0, 255)).abs() < 1).all() and (x > 256).any()
+
+
+def test_what_is_not_bytes_of_the_right_shape_is_refused():
+    """Pixels in [0, 1] and whole numbers without noise have plausible log-densities, which are wrong."""
+    for model in models():
+        images = torch.randint(256, (3, 2, 4, 4), dtype=torch.uint8)
+        for f in (model, model.log_prob, model.energy, model.bits_per_dim, model.score):
+            for wrong in (images / 255, images.float(), images.long(), images > 7):
+                with pytest.raises(TypeError, match="uint8"):
+                    f(wrong)
+            for wrong in (images.permute(0, 2, 3, 1), images[0], images.flatten(1), images[..., :3]):
+                with pytest.raises(ValueError, match="2, 4, 4"):
+                    f(wrong)
+
+
+# ---- Points ----------------------------------------------------------------------------------------------------------
+
+ROWS = np.random.default_rng(0).normal(size=(200, 3)) * [1, 10, 0.1] + [5, 0, 100]
+
+
+def text(rows, header=""):
+    return "\n".join([*[header] * bool(header), *(",".join(map(str, row)) for row in rows)]).encode()
+
+
+@pytest.mark.parametrize("name, content", [("a.npy", npy(ROWS)), ("a.npy", npy(ROWS.astype(np.float32))),
+                                           ("a.csv", text(ROWS)), ("a.csv", b"\xef\xbb\xbf" + text(ROWS, "x,y 2,z"))])
+def test_points_are_read_split_by_the_seed_and_stand_beside_the_gaussian_of_their_rows(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    points, again, other = (Points(tmp_path / name, seed) for seed in (3, 3, 4))
+    splits = [points.train, points.val, points.test]
+    assert [len(rows) for rows in splits] == [160, 20, 20]
+    found = torch.cat(splits)[torch.cat(splits)[:, 0].argsort()]
+    np.testing.assert_allclose(found.numpy(), ROWS[ROWS[:, 0].argsort()], rtol=1e-5, atol=1e-5)
+    assert torch.equal(points.test, again.test) and not torch.equal(points.test, other.test)
+    assert points.identity == again.identity != other.identity
+    mean, covariance = points.train.numpy().mean(0), np.cov(points.train.numpy().T)
+    d = points.test.numpy() - mean
+    squares = np.einsum("ni,ij,nj->n", d, np.linalg.inv(covariance), d).mean()
+    nll = 0.5 * (squares + np.linalg.slogdet(2 * np.pi * covariance)[1])
+    assert points.gaussian_nll == pytest.approx(nll, rel=1e-3)
+
+
+def test_a_sample_of_points_is_rows_to_train_with_noise_in_units_of_each_column(tmp_path):
+    np.save(tmp_path / "a.npy", ROWS)
+    points = Points(tmp_path / "a.npy", 0)
+    bare, noisy = points.sample(5000, "cpu", 0.0), points.sample(100_000, "cpu", 2.0)
+    assert {*map(tuple, bare.tolist())} == {*map(tuple, points.train.tolist())}
+    torch.testing.assert_close(noisy.std(0) / points.std.float(), torch.full((3,), 5**0.5), rtol=0.03, atol=0)
+
+
+@pytest.mark.parametrize("name, content, fact", [
+    ("a.csv", text(ROWS[:99]), "99 rows"), ("a.csv", text(ROWS[:, :1]), "1 columns"), ("a.csv", b"", "0 rows"),
+    ("a.csv", text(np.ones((200, 65))), "65 columns"), ("a.csv", text(ROWS).replace(b"\n", b";\n"), "row 1"),
+    *(("a.csv", text(ROWS) + row, "column 2 of row 201") for row in (b"\n1,,3", b"\n1,no,3", b"\n1,inf,3")),
+    ("a.csv", text(ROWS) + b"\n1,2", "cannot read .*a.csv"),
+    ("a.csv", b"\xff\xfe" + bytes(range(128, 256)), "a.csv"),
+    ("a.csv", text(ROWS * [1, 0, 1]), "column 2 is constant"), ("a.csv", text(ROWS[:, [0, 1, 0]]), "linear function"),
+    ("a.npy", npy(ROWS[0]), r"\(3,\)"), ("a.npy", npy(ROWS > 5), "bool"), ("a.npy", b"no array", "cannot read"),
+    ("a.npy", npy(np.array([{}], object)), "cannot read"), ("a.npy", None, "cannot read"), ("a.csv", None, "a.csv")])
+def test_points_that_have_no_density_are_refused_with_what_is_wrong(tmp_path, name, content, fact):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=fact):
+        Points(tmp_path / name, 0)

@@ -34,7 +34,7 @@ SMALL = ["--epochs", "2", "--batch-size", "50", "--normalize", "center", "--sml-
 @pytest.fixture(autouse=True)
 def no_pictures_of_runs(monkeypatch):
     for name in ("curves", "mosaic", "toy"):
-        monkeypatch.setattr(plots, name, lambda *_: Figure(figsize=(1, 1)))
+        monkeypatch.setattr(plots, name, lambda *_, **__: Figure(figsize=(1, 1)))
 
 
 def refused(main, *flags):
@@ -282,7 +282,7 @@ def test_the_picture_of_the_readme_shows_recorded_times_and_the_model_before_and
     idea.main(["--runs", str(tmp_path), "--results", str(tmp_path), *small])
     s, metrics = train_toy.settings.parse(train_toy.Settings, small), read_metrics(tmp_path / "toys-0" / "swirl-dsm")
     swirl, record = TOYS["swirl"](), saved(tmp_path / "idea.json")
-    start = train_toy.build(s, swirl, CPU).requires_grad_(False)
+    start = train_toy.build(s, swirl, CPU)[1].requires_grad_(False)
     points = train_toy.truth(swirl, 50, -1, CPU)  # the validation points of the run
     assert train_toy.divergences("val", start, *points)["val_kl"] == pytest.approx(metrics[0]["val_kl"])
     kl = [metrics[0]["val_kl"], metrics[-1]["before_sml_test_kl"], metrics[-1]["test_kl"]]
@@ -404,7 +404,7 @@ def test_the_starts_have_the_nll_before_training_after_it_and_without_the_refit(
         assert row["nll"] == [one["val_nll"] for one in metrics] and row["test_nll"] == metrics[-1]["test_nll"]
     gaussian, ours = table.values()
     assert gaussian["nll"] == pytest.approx(gaussian["nll"][::-1]) and len(ours["nll"]) == 9
-    flow = train_mnist.load(tmp_path / "starts" / "ours")
+    flow = train_mnist.load(tmp_path / "starts" / "ours").flow
     state = checkpoint(tmp_path / "starts" / "ours")["state"]
     last = [name for name in state["model"] if name.startswith("layers.6.")]  # the actnorm
     assert len(last) == 2 and len(flow.layers) == 7

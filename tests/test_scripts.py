@@ -23,7 +23,7 @@ import train_ebm
 import train_mnist
 import train_toy
 from conftest import assert_same_bits, checkpoint, failing, rows, stop_after, timeless, without_pictures
-from data import dequantize, load_images
+from data import Points, dequantize, load_images
 from densities import TOYS
 from losses import OBJECTIVES
 from support.run import Run, RunError
@@ -38,21 +38,22 @@ CELLS = {f"{arch} {loss}": (train_mnist, f"--arch {arch} --loss {loss}" + " --wi
          for arch in ("fc", "cnn", "glow") for loss in OBJECTIVES}
 CELLS |= {f"{toy} {loss}": (train_toy, f"--data {toy} --loss {loss}")
           for toy, loss in zip(("sine", "sine", "swirl", "swirl", "checkerboard"), OBJECTIVES)}
+CELLS["points dsm"] = train_toy, "--loss dsm"
 CELLS |= {sampler: (train_ebm, f"--sampler {sampler}") for sampler in ("flow", "langevin", "tempering", "short")}
 CELLS |= {f"{base} base": (train_ebm, f"--data sine --dim 2 --base {base}") for base in ("none", "flow")}
-DRAWN = {"fc dsm": {"curves.png", "samples.png"}, "sine ml": {"curves.png", "density.png"},
-         "flow": {"density.png", "mode_weights.png"}}  # their pictures are drawn
+DRAWN = {"fc dsm": {"curves.png", "samples.png"}, "sine ml": {"density.png"},
+         "points dsm": {"density.png"}, "flow": {"density.png", "mode_weights.png"}}  # their pictures are drawn
 FILES = {".lock", "checkpoint.pt", "config.json", "metrics.jsonl"}
 STEPS = {train_mnist: 5, train_toy: 5, train_ebm: 4}
 scripts = pytest.mark.parametrize("cell", DRAWN)
 
 
 @pytest.fixture(scope="module")
-def start(npy):
+def start(npy, csv):
     """A function: cell, directory, more flags -> runs its script."""
     def main(cell, out, *extra):
         script, flags = CELLS[cell]
-        data = ["--data", str(npy)] if script is train_mnist else []
+        data = ["--data", str(npy)] if script is train_mnist else ["--data", str(csv)] * (cell == "points dsm")
         script.main([*SMALL[script].split(), *flags.split(), *data, "--device", "cpu", "--out", str(out), *extra])
     return main
 
@@ -261,6 +262,11 @@ def assert_equal(a, b):
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
+def loaded(script, directory):
+    """The EBFlow of a finished run."""
+    return script.load(directory).flow if script is train_mnist else script.load(directory)
+
+
 @pytest.mark.parametrize("cell, extra", [("fc dsm", ()), ("fc ml", ["--no-ema"]), ("sine ml", ())])
 def test_the_epoch_of_the_lowest_validation_nll_is_tested_and_its_weights_are_kept(start, tmp_path, monkeypatch,
                                                                                    no_pictures, cell, extra):
@@ -281,7 +287,7 @@ def test_the_epoch_of_the_lowest_validation_nll_is_tested_and_its_weights_are_ke
         assert (last["best_epoch"], last["test_nll"], best["epoch"], best["val_nll"]) == (1, 9.0, 1, 5.0)
         assert_equal(model, first)
         assert_equal(best["model"], first)
-        assert_equal(script.load(out).state_dict(), first)
+        assert_equal(loaded(script, out).state_dict(), first)
     state = checkpoint(tmp_path / "run")["state"]
     assert not all(torch.equal(first[name], third[name]) for name in first)
     trains = [name for name, p in state["averaged"].items() if not torch.equal(p, state["model"][name])
@@ -367,15 +373,17 @@ def test_where_steps_of_sml_raise_the_nll_or_fail_the_flow_before_them_is_kept(s
 # ---- Loaded ----------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("cell", ["fc ml", "fc dsm", "cnn ssm", "cnn ml", "glow ml", "glow dsm", "sine sml",
-                                  "swirl dsm"])
-def test_a_finished_run_is_loaded_without_its_images_and_has_the_nll_of_its_own_test(trained, npy, monkeypatch, cell):
+                                  "swirl dsm", "points dsm"])
+def test_a_finished_run_is_loaded_without_its_data_and_has_its_test_nll(trained, npy, csv, monkeypatch, cell):
     run, script = trained(cell), CELLS[cell][0]
     monkeypatch.setattr(train_mnist, "load_images", None)
     for directory in (run.out, str(run.out)):
-        flow = script.load(directory)
+        flow = loaded(script, directory)
         if script is train_mnist:
             torch.manual_seed(0)
             x = dequantize(load_images(npy)[2]).view(-1, *flow.shape)
+        elif cell == "points dsm":
+            x = Points(csv, 0).test
         else:
             x, _, _ = train_toy.truth(TOYS[cell.split()[0]](), 100, -2, "cpu")
         assert -flow.log_prob(x).mean().item() == pytest.approx(rows(run.out)[-1]["test_nll"], rel=1e-4)
@@ -422,7 +430,7 @@ def test_a_run_that_diverges_names_epoch_and_step_and_keeps_the_last_good_checkp
     ("fc dsm", ["--batch-size", "1000"], ["--batch-size", "1000", "250"]),
     ("fc dsm", ["--data", "/nowhere"], ["/nowhere"]), ("fc dsm", ["--data", __file__], [__file__]),
     ("sine ml", ["--xi", "1"], ["--xi", "toy-sine-ml"]), ("sine ml", ["--data", "spiral"], ["--data", "swirl"]),
-    ("sine ml", ["--start-smoothing", "0.1"], ["--start-smoothing"]), ("sine ml", ["--plateau", "1"], ["--plateau"]),
+    ("sine ml", ["--start-smoothing", "0"], ["--start-smoothing"]), ("sine ml", ["--plateau", "1"], ["--plateau"]),
     ("flow", ["--sampler", "gibbs"], ["--sampler", "gibbs"]), ("flow", ["--dim", "1"], ["--dim", "2"]),
     ("flow", ["--data", "swirl"], ["--dim", "2", "swirl"]), ("flow", ["--replicas", "3"], ["--replicas"]),
     ("flow", ["--data", "gmm40", "--weights", "1,2"], ["--weights"]), ("flow", ["--step-size", "-1"], ["--step-size"]),

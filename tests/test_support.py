@@ -251,7 +251,8 @@ def test_the_learning_rate_rises_over_five_percent_and_falls_from_its_plateau_on
 # ---- Speed -----------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("loss, amx, inside", [
-    ("dsm", True, ["tf32", "tf32", "bf16"]), ("fdssm", True, ["ieee", "ieee", "ieee"]),
+    ("dsm", True, ["tf32", "tf32", "bf16"]), ("sml", True, ["ieee", "ieee", "ieee"]),
+    ("fdssm", True, ["ieee", "ieee", "ieee"]),
     ("fdssm", False, ["ieee", "ieee", "bf16"])])
 def test_fast_products_are_for_training_only_and_short_ones_not_for_fdssm(monkeypatch, loss, amx, inside):
     """TF32 on a GPU and bfloat16 on a CPU inside; what was there before outside, after an error, too."""

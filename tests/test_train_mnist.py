@@ -212,7 +212,7 @@ def test_colour_images_go_through_every_architecture(tmp_path, arch):
     assert last["val_nll"] < first["val_nll"]
     assert last["test_bpd"] == pytest.approx(last["test_nll"] / (192 * math.log(2)))
     assert (tmp_path / "run" / "samples.png").read_bytes().startswith(b"\x89PNG")
-    assert train_mnist.load(tmp_path / "run").sample(2).numel() == 2 * 192
+    assert train_mnist.load(tmp_path / "run").sample(2).shape == (2, 3, 8, 8)
 
 
 def test_flip_mirrors_the_images_of_every_other_step(images, monkeypatch):
@@ -335,7 +335,7 @@ def test_what_is_evaluated_has_its_last_actnorm_at_the_moments_of_clean_images(n
         out = tmp_path / f"{actnorm}{average}"
         main(arguments(npy, out, *GLOW, "--depth", "1", "--lr", "2e-2", "--epochs", "5", "--normalize", "center",
                        "--sigma", "2", "--actnorm", actnorm, average))
-        worst[actnorm, average] = off(actnorm_outputs(train_mnist.load(out), dequantize(images))[-1:])
+        worst[actnorm, average] = off(actnorm_outputs(train_mnist.load(out).flow, dequantize(images))[-1:])
     assert max(worst["moments", "--ema"], worst["moments", "--no-ema"]) < 0.1 < 0.3 < worst["trained", "--ema"]
 
 
@@ -376,12 +376,21 @@ def test_the_nll_is_a_mean_over_all_images_with_the_same_noise_at_every_call(ima
 
 @pytest.mark.parametrize("table, flags", [(RECIPES, []), (PAPER, ["--paper"])], ids=["ours", "the paper's"])
 def test_every_cell_has_a_recipe_of_settings_that_it_has(table, flags):
-    assert [*table] == [f"{arch} {loss}" for arch in ("fc", "cnn", "glow") for loss in OBJECTIVES]
+    cells = {f"{arch} {loss}" for arch in ("fc", "cnn", "glow") for loss in ("ml", "sml", "ssm", "dsm", "fdssm")}
+    assert cells <= table.keys()  # a user may add rows
     for cell, recipe in table.items():
         arch, loss = cell.split()
         s = parse("--arch", arch, "--loss", loss, *flags)  # exits where a value is out of its range
         assert recipe.keys() <= s.config().keys() and {name: vars(s)[name] for name in recipe} == recipe
         assert (s.arch, s.loss, s.paper) == (arch, loss, bool(flags))
+
+
+def test_an_objective_without_a_published_recipe_is_refused_by_the_name_of_the_table(monkeypatch):
+    monkeypatch.setitem(OBJECTIVES, "sharp", lambda model, x, **_: losses.sm(model.energy, x))
+    monkeypatch.setitem(RECIPES, "fc sharp", dict(lr=0.123))
+    assert parse("--loss", "sharp").lr == 0.123
+    with pytest.raises(SystemExit, match="fc sharp.* PAPER"):
+        parse("--loss", "sharp", "--paper")
 
 
 def test_the_published_settings_are_the_papers():
@@ -430,3 +439,30 @@ def test_before_its_first_step_few_functions_are_entered_and_few_frames_in_a_ste
         sys.setprofile(None)
     step = [name for _, _, name in calls].index("step")
     assert 20 < len(set(calls)) <= 58 and 10 < len(calls) - step <= 30, (sorted(set(calls)), calls[step:])
+
+
+# ---- Evaluation alone ------------------------------------------------------------------------------------------------
+
+def test_evaluate_prints_the_figures_of_a_finished_run_and_leaves_it_as_it_is(npy, tmp_path, capsys, no_pictures):
+    main(arguments(npy, tmp_path / "run", "--loss", "dsm"))
+    before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    capsys.readouterr()
+    main(["--evaluate", str(tmp_path / "run"), "--data", str(npy), "--device", "cpu"])
+    lines, last = capsys.readouterr().out.splitlines(), rows(tmp_path / "run")[-1]
+    assert lines[1] == f"test_nll {last['test_nll']:.4f}  test_bpd {last['test_bpd']:.4f}  of 50 images"
+    assert lines[0].startswith(f"val_nll {last['best_val_nll']:.4f}") and "nothing was trained or refitted" in lines[2]
+    assert before == {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+
+
+def test_evaluate_refuses_other_settings_another_shape_and_a_run_that_was_not_finished(npy, tmp_path, capsys, images,
+                                                                                       monkeypatch, no_pictures):
+    out, evaluation = tmp_path / "run", ["--evaluate", tmp_path / "run", "--data", npy, "--device", "cpu"]
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        stop_after(patch, 1)
+        main(arguments(npy, out))
+    assert str(out) in fails(capsys, *evaluation)
+    main(arguments(npy, out, "--overwrite"))
+    np.save(tmp_path / "wide.npy", np.zeros((40, 4, 5), np.uint8))
+    for flags, fact in ((["--arch", "cnn"], "leave out"), (["--data", tmp_path / "wide.npy"], "(1, 4, 5)"),
+                        (["--evaluate", tmp_path], str(tmp_path)), (["--data", tmp_path / "none.npy"], "none.npy")):
+        assert fact in fails(capsys, *evaluation, *flags)

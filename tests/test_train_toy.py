@@ -3,17 +3,19 @@
 import copy
 import math
 
+import numpy as np
 import pytest
 import torch
 
 import losses
 import train_toy
-from conftest import rows
+from conftest import failing, rows
+from data import Points
 from densities import TOYS, Toy
 from ebflow import EBFlow, toy_flow
 from layers import FullyConnected
 from losses import OBJECTIVES
-from support import settings
+from support import plots, settings
 from support.optimization import trainable
 from train_toy import RECIPES, Settings, build, divergences, main, make_step, noise_level, truth
 
@@ -113,15 +115,16 @@ def test_the_noise_falls_geometrically_to_that_of_the_toy():
     s = parse("--start-smoothing", "6", "--anneal", "0.8")
     assert noise_level(s, 0.0) == 6 and noise_level(s, 0.8) == noise_level(s, 1.0) == Toy.smoothing
     assert noise_level(s, 0.4) == pytest.approx(math.sqrt(6 * Toy.smoothing))
+    assert noise_level(parse("--start-smoothing", "0.1", "--sigma", "0.2"), 0.0) == 0.2  # and never rises
 
 
 def test_the_flow_starts_at_the_moments_of_points_under_the_noise_of_the_start():
     s, toy = parse("--start-smoothing", "6", "--blocks", "2", "--width", "8", "--seed", "3"), TOYS["swirl"]()
-    flow = build(s, toy, "cpu")
+    _, flow = build(s, toy, "cpu")
     u = flow(toy.sample(20_000, "cpu", 6.0)).detach()
     torch.testing.assert_close(u.mean(0), torch.zeros(2), rtol=0, atol=0.1)
     torch.testing.assert_close(u.std(0), torch.ones(2), rtol=0, atol=0.1)
-    assert all(map(torch.equal, flow.parameters(), build(s, toy, "cpu").parameters()))
+    assert all(map(torch.equal, flow.parameters(), build(s, toy, "cpu")[1].parameters()))
 
 
 # ---- A training step -------------------------------------------------------------------------------------------------
@@ -152,3 +155,61 @@ def test_a_step_is_adams_down_the_objective_and_the_average_follows(loss):
     torch.testing.assert_close(dict(flow.named_parameters()), dict(theirs.named_parameters()), rtol=1e-3, atol=1e-4)
     for a, first, second in zip(trainable(averaged), *weights):
         torch.testing.assert_close(a.detach(), 2 / 11 * first + 9 / 11 * second)
+
+
+# ---- Points of one's own ---------------------------------------------------------------------------------------------
+
+def test_the_nll_of_points_is_that_of_the_raw_columns(tmp_path, no_pictures):
+    """In other units, the same run ends at an NLL that is larger by the logarithm of the scales."""
+    x, found = np.random.default_rng(0).normal(size=(400, 3)), []
+    x[:, 1] += x[:, 0] ** 2
+    for name, scale in (("a", [1, 1, 1]), ("b", [100, 1, 0.01 * math.e])):
+        np.save(tmp_path / f"{name}.npy", x * scale + np.array(scale) * 3)
+        main(arguments(tmp_path / name, "--data", str(tmp_path / f"{name}.npy"), "--steps", "30"))
+        last = rows(tmp_path / name)[-1]
+        flow, test = train_toy.load(tmp_path / name), Points(tmp_path / f"{name}.npy", 0).test
+        assert last["test_nll"] == pytest.approx(-flow.log_prob(test).mean().item(), abs=1e-5)
+        found.append((last["test_nll"], last["gaussian_test_nll"]))
+    (nll, gaussian), (other, other_gaussian) = found
+    assert other - nll == pytest.approx(1, abs=1e-3) and other_gaussian - gaussian == pytest.approx(1, abs=1e-3)
+
+
+def test_a_file_of_other_points_or_no_file_is_one_line(tmp_path, csv, capsys, no_pictures):
+    main(arguments(tmp_path / "run", "--data", str(csv)))
+    np.save(tmp_path / "points.npy", np.random.default_rng(0).normal(size=(300, 3)))
+    fails = failing(main)
+    line = fails(capsys, *arguments(tmp_path / "run", "--data", str(tmp_path / "points.npy"), "--resume"))
+    assert "sha256" in line
+    for path in (tmp_path / "none.csv", tmp_path, "spiral"):
+        line = fails(capsys, *arguments(tmp_path / "other", "--data", str(path)))
+        assert str(path) in line and "swirl" in line
+
+
+@pytest.mark.parametrize("dim, panels", [(2, 6), (3, 5), (5, 8)])
+def test_the_picture_of_points_shows_pairs_of_the_first_four_columns(tmp_path, monkeypatch, dim, panels):
+    figures = []
+    monkeypatch.setattr(plots, "save", lambda path, figure: figures.append(figure))
+    np.save(tmp_path / "a.npy", np.random.default_rng(0).normal(size=(200, dim)))
+    main(arguments(tmp_path / "run", "--data", str(tmp_path / "a.npy")))
+    axes = [one for one in figures[0].axes if one.axison]
+    assert len(axes) == panels
+    if dim > 2:
+        assert [one.get_xlabel() for one in axes[:3]] == [f"column {i}" for i in ([1, 1, 2] if dim == 3 else [1, 1, 1])]
+    nll, gaussian = axes[-1].lines
+    metrics = rows(tmp_path / "run")
+    assert [*nll.get_ydata()] == [row["val_nll"] for row in metrics]
+    assert gaussian.get_ydata()[0] == metrics[-1]["gaussian_test_nll"]
+
+
+def test_the_picture_of_a_toy_shows_loss_and_divergences_against_steps(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(plots, "save", lambda path, figure: figures.append(figure))
+    main(arguments(tmp_path, "--data", "sine", "--loss", "ssm"))
+    metrics, (*_, draws, loss, goal) = rows(tmp_path), figures[0].axes
+    assert [one.get_title() for one in figures[0].axes[:4]] == [
+        "truth p", "model p_θ", "energy E, and the score -∇E", "draws of the model"]
+    kl, fisher = goal.lines
+    for line, key, first in ((loss.lines[0], "loss", 1), (kl, "val_kl", 0), (fisher, "val_fisher", 0)):
+        assert [*line.get_xdata()] == [row["step"] for row in metrics[first:]]
+        assert [*line.get_ydata()] == [row[key] for row in metrics[first:]]
+    assert len(draws.lines[0].get_xdata()) == 100
