@@ -170,7 +170,7 @@ class ImageModel(nn.Module):
         if images.shape[1:] != self.image:
             raise ValueError(f"images have the shape (n, {', '.join(map(str, self.image))}), not {tuple(images.shape)}")
         like = next(self.flow.parameters())
-        return dequantize(images.to(like.device)).to(like.dtype).view(-1, *self.flow.shape)
+        return dequantize(images.to(like.device)).to(like.dtype).reshape(-1, *self.flow.shape)
 
 
 # ---- Points ----------------------------------------------------------------------------------------------------------

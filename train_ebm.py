@@ -48,6 +48,20 @@ from support.settings import setting
 
 CLIP = 10.0  # largest norm of either gradient
 FIGURES = ("loss", "grad_norm", "flow_loss", "flow_grad_norm", "acceptance", "global_acceptance")  # of a step
+FINAL = {  # what is printed at the end, by judge.py; metrics.jsonl has the others, and standard errors "_se"
+    "test_nll": "nats; entropy is the least that is possible",
+    "entropy": "of the truth, nats",
+    "test_kl": "from the truth to the model, nats",
+    "log_z": "log Z by points that cover the truth",
+    "flow_log_z": "log Z by draws of the flow",
+    "flow_ess": "effective sample size of these draws; 1: the flow is the model",
+    "weights": "of the modes in the model",
+    "tv": "total variation from the true weights",
+    "chains": "share of the training chains in each mode",
+    "draws": "share of fresh draws in each mode",
+    "crossings": "changes of mode in 1,000 steps of a chain",
+    "autocorrelation_time": "steps in which a chain forgets its mode",
+}
 
 
 def shares(text):
@@ -137,7 +151,7 @@ def train(s, device):
 
     truth = Truth(data, 5 * s.test_points, s.dim, device)  # also starts the random numbers of what follows
     figures = truth.figures(averaged, chains[0], "test")
-    run.finish(figures | mixing(s, lambda x: move(s, averaged, x, step_size), chains, truth))
+    run.finish(figures | mixing(s, lambda x: move(s, averaged, x, step_size), chains, truth), FINAL)
     if figures["test_nll"] is None:
         print("warning: no Z, NLL, KL or weights: p_θ lies elsewhere than the true modes, the ESS of the points around "
               f"them is {figures['ess']:.2%}", file=sys.stderr)

@@ -73,7 +73,7 @@ def fast_products(loss):
 
     Not for `fdssm`, which divides small differences of energies by ξ²: the error of TF32 in the gradient of the CNN is
     0.8 of the batch's standard error. For ssm it is 0.03, for dsm 0.04. Not for `sml`, whose samples come from a linear
-    solve: with TF32 the published recipe ends 15 nats higher. Evaluation stays outside.
+    solve: with TF32 the published recipe ends 20 nats higher. Evaluation stays outside.
     """
     exact, amx = loss in ("sml", "fdssm"), torch.cpu.get_capabilities().get("amx_bf16", False)
     on_gpu = "ieee" if exact else "tf32"

@@ -124,7 +124,7 @@ def toy(flow, x, metrics, loss, truth=None):
     history(objective, metrics, "loss", loss, color=COLORS[loss])
     if truth:
         history(goal, metrics, "val_kl", "KL(p‖p_θ)", color="k")
-        history(goal, metrics, "val_fisher", "Fisher(p‖p_θ)", color=COLORS["ssm"])
+        history(goal, metrics, "val_fisher", "Fisher(p‖p_θ)", color=OTHERS[1])
         goal.set_yscale("log")
     else:
         history(goal, metrics, "val_nll", "NLL of held-out points", color="k")

@@ -104,13 +104,15 @@ class Run:
         write(self.directory / "metrics.jsonl", ("\n".join(map(json.dumps, self.metrics)) + "\n").encode())
         self.start = time.perf_counter()
 
-    def finish(self, figures):
-        """Adds the final figures to the last row of the metrics, and prints them."""
+    def finish(self, figures, words=None):
+        """Adds the final figures to the last row of the metrics, and prints them, or those that have `words`."""
         self.metrics[-1] |= figures
         write(self.directory / "metrics.jsonl", ("\n".join(map(json.dumps, self.metrics)) + "\n").encode())
-        for name, value in (figures | {"minutes": self.metrics[-1]["seconds"] / 60}).items():
+        shown = {name: figures[name] for name in words or figures if name in figures}
+        for name, value in (shown | {"minutes": self.metrics[-1]["seconds"] / 60}).items():
             values = value if isinstance(value, list) else [value]
-            print(f"{name:24}" + " ".join(f"{v:.4f}" if isinstance(v, float) else str(v) for v in values))
+            line = f"{name:24}" + " ".join(f"{v:.4f}" if isinstance(v, float) else str(v) for v in values)
+            print(f"{line:56}{words.get(name, '')}".rstrip() if words else line)
         print(f"{'written to':24}{self.directory}", flush=True)
 
 

@@ -254,11 +254,12 @@ CLAIMS = {  # words of docs/results.md -> the numbers in them
     "the images have {:.2f}": lambda: [result("mass.json")["runs"]["ml, seed 0"]["images_median"]],
     "squeezes have {:.3f} million": lambda: [sum(p.numel() for p in cnn_flow((1, 28, 28)).parameters()) / 1e6],
     "The validation NLL of `dsm` after 240 epochs is {:.1f}": lambda: [published("fc dsm")[0]["val_nll"]["240"]],
-    "after {} to {} of its 10,000 epochs": lambda: [published(cell)[0]["epochs"] for cell in ("fc ml", "fc dsm")],
-    "`sml` is {:.0f} nats above": lambda: [published("fc sml")[1]],
+    "after {} to {} of its 10,000 epochs": lambda: [published(cell)[0]["epochs"] for cell in ("fc sml", "fc dsm")],
     "lowest at epoch {}, with {:.1f}, and {:.1f} after epoch 61": lambda: (lambda run: [
-        run["best_epoch"], run["val_nll"][str(run["best_epoch"])], run["val_nll"]["61"]])(published("fc sml")[0]),
-    "`fdssm` is {:.0f} nats above": lambda: [published("fc fdssm")[1]],
+        run["best_epoch"], run["val_nll"][str(run["best_epoch"])], run["val_nll"]["61"]])(
+            published("fc sml")[0]["with TF32"]),
+    "in float32 it falls to the end, to {:.1f}": lambda: [published("fc sml")[0]["val_nll"]["61"]],
+    "It is {:.0f} nats above, and fell": lambda: [published("fc fdssm")[1]],
     "from {:.1f} at epoch 510 to {:.1f} at epoch 544 of {}": lambda: (lambda run: [
         run["val_nll"]["510"], run["val_nll"]["544"], run["epochs"]])(published("fc fdssm")[0]),
     "`ssm` is {:.0f} nats above the paper, `dsm` {:.0f}": lambda: [
@@ -285,11 +286,12 @@ def test_every_decimal_number_of_the_prose_stands_in_a_table_or_in_such_a_senten
     assert set(re.findall(r"\d+\.\d+", prose)) <= set(re.findall(r"\d+\.\d+", " ".join(known)))
 
 
-def test_reproduced_is_said_of_what_ends_within_a_nat_of_the_paper():
-    near = {cell for cell in result("paper.json")["runs"] if abs(published(cell)[1]) < 1}
-    assert near == {"fc ml", "fc ssm", "fc dsm"} and PROSE.count("`ml`, `ssm` and `dsm` are within one nat") == 1
+def test_reproduced_is_said_of_what_ends_within_two_nats_of_the_paper():
+    one, two = ({cell for cell in result("paper.json")["runs"] if abs(published(cell)[1]) < nats} for nats in (1, 2))
+    assert one == {"fc ml", "fc ssm", "fc dsm"} and two == one | {"fc sml"}
+    assert PROSE.count("`ml`, `ssm` and `dsm` are within one nat of the paper, `sml` within two") == 1
     assert [line for line in RESULTS.splitlines() if line.endswith("| reproduced |")] == [
-        line for line in RESULTS.splitlines() if "FC, `ml`, `ssm`, `dsm` |" in line]
+        line for line in RESULTS.splitlines() if "FC, `ml`, `sml`, `ssm`, `dsm` |" in line]
 
 
 def test_the_table_of_settings_has_all_in_which_the_default_run_and_the_published_one_differ():

@@ -131,6 +131,10 @@ def test_a_run_prints_its_settings_and_the_figures_of_an_epoch_and_of_the_end(tm
                      ["test_nll", "2.0000"], ["weights", "0.2500", "0.7500"], ["minutes", "1.5000"],
                      ["written", "to", str(tmp_path)]]
     assert rows(tmp_path)[-1]["weights"] == [0.25, 0.75] and "weights" not in checkpoint(tmp_path)["metrics"][-1]
+    one.finish({"test_nll": 2.0, "ess": 0.5, "tv": 0.25}, {"missing": "no", "tv": "from the truth"})
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert lines == [["tv", "0.2500", "from", "the", "truth"], ["minutes", "1.5000"], ["written", "to", str(tmp_path)]]
+    assert rows(tmp_path)[-1]["ess"] == 0.5
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()], ids=repr)

@@ -1,0 +1,164 @@
+"""What one does with a trained flow: outliers, points of one's own, and the weights that are shipped."""
+
+import contextlib
+import io
+import json
+import math
+import runpy
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import train_mnist
+import train_toy
+from conftest import checkpoint, rows
+from data import MNIST, Points, load_images
+from densities import TOYS
+from experiments import outliers, points, weights
+
+RESULTS = Path(__file__).parent.parent / "results"
+
+
+@pytest.fixture(autouse=True)
+def quiet(no_pictures):
+    """Drawing takes longer than these small runs."""
+
+
+# ---- Outliers --------------------------------------------------------------------------------------------------------
+
+def test_the_area_under_the_roc_curve_is_the_share_of_pairs_in_order_with_ties_by_half():
+    a, b = torch.randint(5, (40,)).double(), torch.randint(3, 8, (30,)).double()
+    pairs = [1.0 if y > x else 0.5 if x == y else 0.0 for x in a.tolist() for y in b.tolist()]
+    assert outliers.area(a, b) == pytest.approx(np.mean(pairs))
+    assert outliers.area(a, a + 9) == 1 and outliers.area(a + 9, a) == 0
+
+
+def test_the_distortions_do_what_their_names_say():
+    x = torch.randint(256, (50, 1, 6, 6), dtype=torch.uint8)
+    made = {name: f(x) for name, f in outliers.DISTORTIONS.items()}
+    assert all(y.shape == x.shape and y.dtype == torch.uint8 for y in made.values())
+    assert (made["inverted"].int() + x == 255).all() and (made["all black"] == 0).all()
+    assert torch.equal(made["rotated by 90°"].rot90(1, (2, 3)), made["rotated by 180°"])
+    assert torch.equal(made["mirrored"].flip(3), x) and torch.equal(made["shifted by 4 pixels"][..., 4:], x[..., :2])
+    assert torch.equal(made["pixels shuffled"].flatten(1).sort(1).values, x.flatten(1).sort(1).values)
+    assert not torch.equal(made["pixels shuffled"], x) and 100 < made["uniform noise"].float().mean() < 155
+
+
+def test_the_table_of_outliers_has_the_areas_of_both_flows(tmp_path, npy, monkeypatch, capsys):
+    monkeypatch.setattr(outliers, "load_images", lambda path: load_images(npy))
+    small = f"--data {npy} --epochs 2 --batch-size 50 --normalize center --device cpu".split()
+    outliers.main(["--runs", str(tmp_path), "--results", str(tmp_path), *small])
+    table = json.loads((tmp_path / "outliers.json").read_text())["runs"]
+    assert [*table] == [*outliers.DISTORTIONS] and [*outliers.rows(table)] == capsys.readouterr().out.splitlines()[-8:]
+    images = load_images(npy)[2]
+    for loss in ("dsm", "ml"):
+        model = train_mnist.load(tmp_path / f"mnist-fc-{loss}")
+        torch.manual_seed(0)
+        a = model.energy(images[:25])
+        b = model.energy(255 - images[25:])
+        assert table["inverted"][loss]["E(x)"] == pytest.approx((b[:, None] > a).double().mean().item())
+        row = table["mirrored"][loss]
+        assert [*row] == [*outliers.NUMBERS] and all(0 <= value <= 1 for value in row.values())
+
+
+def test_the_four_numbers_are_those_of_the_flow_in_pixels_and_after_its_pre_processing(npy, tmp_path, monkeypatch):
+    splits = load_images(npy)
+    monkeypatch.setattr(outliers, "load_images", lambda path: splits)
+    flags = f"--data {npy} --epochs 1 --batch-size 50 --sml-steps 0 --device cpu --out {tmp_path}"
+    train_mnist.main(flags.split())
+    model = train_mnist.load(tmp_path)
+    torch.manual_seed(1)
+    four = outliers.numbers(model, whitened=True)
+    torch.manual_seed(1)
+    mean = model.energy(splits[0][:5000]).mean()
+    torch.manual_seed(2)
+    E_x, E_z, off, norm = four(splits[2])
+    torch.manual_seed(2)
+    x = model.x(splits[2])
+    torch.testing.assert_close(E_x, model.flow.energy(x))
+    torch.testing.assert_close(off, (E_x - mean).abs())
+    y, log_det = model.flow.layers[1](model.flow.layers[0](x))
+    torch.testing.assert_close(E_z, E_x + log_det, rtol=1e-4, atol=1e-2)  # E(x) = E(z) - log|det| of the logit
+    z = model.flow.layers[3](model.flow.layers[2](y)).requires_grad_()
+    u, log_det = model.flow.layers[5](model.flow.layers[4](z))
+    u = model.flow.layers[7](model.flow.layers[6](u))
+    grad, = torch.autograd.grad((0.5 * u.square().sum(1) - log_det).sum(), z)
+    torch.testing.assert_close(norm, grad.norm(dim=1), rtol=1e-3, atol=1e-3)
+
+
+# ---- Points ----------------------------------------------------------------------------------------------------------
+
+def test_the_files_are_as_long_and_as_wide_as_is_said():
+    assert {name: tuple(make().shape) for name, make in points.FILES.items()} == {
+        "moons": (4000, 2), "mixture": (4000, 8), "digits": (10_000, 8)}
+    z = points.digits()
+    covariance = z.T.cov()
+    assert (covariance - covariance.diag().diag()).abs().max() < 1e-3 * covariance.max()  # principal components
+    assert torch.equal(covariance.diag().sort(descending=True).indices, torch.arange(8))
+
+
+def test_every_way_is_measured_on_the_same_rows_and_splines_in_raw_units(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("zuko")
+    x = torch.randn(400, 2)
+    x[:, 1] += x[:, 0] ** 2
+    monkeypatch.setattr(points, "FILES", {"bent": lambda: x})
+    splines = points.splines
+    monkeypatch.setattr(points, "splines", lambda path, seed: splines(path, seed, epochs=2, steps=30))
+    small = "--epochs 1 --steps 5 --batch-size 32 --blocks 1 --width 8 --sml-steps 3 --device cpu".split()
+    monkeypatch.setattr(points, "trained", lambda script, own, out, flags, trained=points.trained: trained(
+        script, own, out, [f for f in flags] if "dsm" in own else flags[:-4] + flags[-2:]))
+    points.main(["--runs", str(tmp_path), "--results", str(tmp_path), "--seeds", "1", *small])
+    found = json.loads((tmp_path / "points.json").read_text())["runs"]["bent, seed 0"]
+    assert {*found} == {*points.WAYS}
+    assert found["one Gaussian"][0] == pytest.approx(Points(tmp_path / "points" / "bent.npy", 0).gaussian_nll)
+    assert found["zuko's NSF by ml"][0] < found["one Gaussian"][0] < found["this flow before training"][0]
+    for loss, way in (("ml", "by ml"), ("dsm", "by dsm, then sml")):
+        flow = train_toy.load(tmp_path / "points" / f"bent-{loss}-0")
+        held = Points(tmp_path / "points" / "bent.npy", 0)
+        assert found[way][0] == pytest.approx(-flow.log_prob(held.test).mean().item(), abs=1e-5)
+    assert found["by dsm"][1] < found["by dsm, then sml"][1]
+    np.save(tmp_path / "scaled.npy", (x * 10).numpy())
+    scaled = splines(tmp_path / "scaled.npy", 0, epochs=2, steps=30)
+    assert scaled == pytest.approx(found["zuko's NSF by ml"][0] + 2 * math.log(10), abs=0.01)
+    lines = capsys.readouterr().out.splitlines()[-len(points.WAYS):]
+    assert lines == [*points.rows({"bent, seed 0": found})] and lines[0].startswith("| one Gaussian | ")
+
+
+# ---- The weights in results/weights ----------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name", weights.RUNS)
+def test_the_weights_that_are_shipped_are_small_and_worth_what_is_recorded(name):
+    script, directory = weights.RUNS[name][0], RESULTS / "weights" / name
+    recorded = json.loads((RESULTS / "weights.json").read_text())["runs"][name]
+    assert (directory / "checkpoint.pt").stat().st_size <= 1.5e6
+    if script is train_mnist:
+        flow, images = train_mnist.load(directory).flow, load_images(MNIST)[2][:1000]
+        found = train_mnist.evaluate("first_1000", flow, images)
+        assert found["first_1000_nll"] == pytest.approx(recorded["first_1000_nll"], abs=0.05)
+    else:
+        fresh = train_toy.truth(TOYS["swirl"](), 4000, -3, "cpu")
+        found = train_toy.divergences("test", train_toy.load(directory), *fresh)
+        assert found["test_kl"] == pytest.approx(recorded["test_kl"], abs=4 * found["test_kl_se"])
+
+
+def test_a_shipped_checkpoint_has_the_best_weights_and_nothing_that_only_training_needs(npy, tmp_path, monkeypatch):
+    small = f"--data {npy} --arch fc --loss dsm --epochs 1 --batch-size 50 --sml-steps 0 --device cpu"
+    monkeypatch.setattr(weights, "RUNS", {"tiny": (train_mnist, small)})
+    monkeypatch.setattr(weights, "load_images", lambda path: load_images(npy))
+    weights.main(["--runs", str(tmp_path), "--results", str(tmp_path / "results")])
+    saved, shipped = checkpoint(tmp_path / "tiny"), checkpoint(tmp_path / "results" / "weights" / "tiny")
+    assert shipped["state"]["best"]["model"].keys() == saved["state"]["best"]["model"].keys()
+    assert {*shipped["state"]} == {"best"} and len(shipped["metrics"]) == 1
+    found = json.loads((tmp_path / "results" / "weights.json").read_text())["runs"]["tiny"]
+    assert found["test_nll"] == pytest.approx(rows(tmp_path / "tiny")[-1]["test_nll"], abs=1e-4)
+    big = {"state": {"best": {"model": {"W": torch.eye(400)}}}, "config": {}, "metrics": [1, 2]}
+    assert weights.shipped(big)["state"]["best"]["model"]["W"].dtype == torch.float16
+
+
+def test_the_list_of_experiments_has_every_module_and_how_long_it_takes():
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        runpy.run_module("experiments")
+    names = [line.split()[0] for line in out.getvalue().splitlines()]
+    assert names == sorted(path.stem for path in (RESULTS.parent / "experiments").glob("[a-z]*.py"))
