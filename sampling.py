@@ -105,7 +105,7 @@ def independence(energy, flow, x):
     x_new = flow.sample(len(x)).to(x).view_as(x)
     E, E_new = (values(energy, at) for at in (x, x_new))
     log_forth, log_back = (values(flow.log_prob, to) for to in (x_new, x))
-    accept, _ = _accept(E, E_new, log_forth, log_back)
+    accept, _ = _accept(E, torch.where(_exact(E_new, log_forth), E_new, math.inf), log_forth, log_back)
     return _select(accept, x_new, _lost(x, E)), accept
 
 
@@ -159,9 +159,9 @@ def tempering(energy, x, temperatures, steps, step_sizes):
 # ---- How good the draws are ------------------------------------------------------------------------------------------
 
 def log_weights(energy, flow, x):
-    """log( exp(-E(x)) / q(x) ) for draws x of the flow q; -inf where a draw overflowed.   (n, …) -> (n,)"""
-    log_w = -values(energy, x) - values(flow.log_prob, x)
-    return torch.where(x.flatten(1).isfinite().all(1), log_w, -math.inf)
+    """log( exp(-E(x)) / q(x) ) for draws x of the flow q; -inf where it is not _exact.   (n, …) -> (n,)"""
+    E, log_q = values(energy, x), values(flow.log_prob, x)
+    return torch.where(_exact(E, log_q), -E - log_q, -math.inf)
 
 
 def effective_sample_size(log_weights):
@@ -238,6 +238,15 @@ def _propose(x, grad, a, where):
 def _log_q(x_new, x, grad, a):
     """log q(x'|x) = -‖x' - x + a∇E(x)‖² / (4a) + constant.   -> (B,)"""
     return (-(x_new - x + a * grad).flatten(1).square().sum(1, keepdim=True) / (4 * a)).view(len(x))
+
+
+def _exact(E, log_q):
+    """Whether rounding leaves a digit of E(x) + log q(x) at a draw x of a flow.   (B,), (B,) -> (B,) bool
+
+    A flow that divides by small scales makes a few draws far away. There g(g⁻¹(u)) loses all digits of u, log q(x) comes
+    out as -10²³, say, and the draw would be accepted, or take all of the weight.
+    """
+    return torch.maximum(E.abs(), log_q.abs()) * torch.finfo(log_q.dtype).eps < 1
 
 
 def _accept(E, E_new, log_forth, log_back):

@@ -221,6 +221,8 @@ CHANGES = [
      "sampling leaves_the_density_of"),
     ("sampling.py", "return torch.where(x.flatten(1).isfinite().all(1), log_w, -math.inf)", "return log_w",
      "sampling overflows"),
+    ("sampling.py", "torch.where(_exact(E_new, log_forth), E_new, math.inf)", "E_new", "sampling rounding_leaves"),
+    ("sampling.py", "torch.where(_exact(E, log_q), -E - log_q, -math.inf)", "-E - log_q", "sampling rounding_leaves"),
     ("sampling.py", "return math.log(len(x)) - (-log_weights(energy, flow, x)).logsumexp(0)",
      "return log_weights(energy, flow, x).logsumexp(0) - math.log(len(x))", "sampling misses_a_mode"),
     ("sampling.py", "(1 / ess - 1 / n)", "(1 / ess)", "sampling honest or own_samples"),

@@ -353,6 +353,18 @@ def test_a_draw_that_overflows_has_no_weight_and_is_never_accepted():
     assert not independence(quadratic(1.0), flow, torch.randn(5, 2))[1][-1]
 
 
+def test_a_draw_so_far_away_that_rounding_leaves_no_digit_has_no_weight_and_is_never_accepted():
+    """A flow with small scales makes them: E = 2·10²³, and by rounding log q = -5·10²³ where it is about -80."""
+    normal = normal_flow(0.0, 1.5)
+    flow = SimpleNamespace(
+        sample=lambda n: torch.cat([normal.sample(n - 1), torch.full((1, 2), 4.5e11)]),
+        log_prob=lambda x: torch.where(x[:, 0] < 1e9, normal.log_prob(x.clamp(max=1e9)), -5e23))
+    estimate = estimate_log_z(quadratic(1.0), flow, 5000)
+    assert abs(estimate.log_z - math.log(2 * math.pi)) < 5 * estimate.standard_error < 0.1
+    x, accepted = independence(quadratic(1.0), flow, torch.randn(500, 2))
+    assert not accepted[-1] and 0.3 < accepted.float().mean() < 1 and x.abs().max() < 10
+
+
 def test_the_effective_sample_size_is_the_square_of_the_sum_over_the_sum_of_the_squares():
     w = torch.rand(50)
     torch.testing.assert_close(effective_sample_size(w.log() - 1000), w.sum() ** 2 / w.square().sum())
