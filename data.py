@@ -44,8 +44,9 @@ def load_images(path):
     path    a directory with the files of MNIST (or Fashion-MNIST, KMNIST; gzipped or not), or with those of the binary
             version of CIFAR-10; or a NumPy file of bytes, (n, H, W) or (n, H, W, C)
 
-    The last sixth of the training images is the validation split, so MNIST has 50,000, 10,000 and 10,000 images. In a
-    NumPy file, the last seventh is the test split. Raises DataError.
+    The last sixth of the training images is the validation split, with images of CIFAR-10's size the last fifth. So
+    MNIST has 50,000, 10,000 and 10,000 images, CIFAR-10 40,000 to train. In a NumPy file, the last seventh is the test
+    split. Raises DataError.
     """
     path = Path(path)
     if path.suffix == ".npy":
@@ -64,7 +65,7 @@ def load_images(path):
                                 "CIFAR-10's (binary) files, or a .npy file")
             splits.append(read_idx(file)[:, None])
         train, test = splits
-    n = len(train) - len(train) // 6
+    n = len(train) - len(train) // (5 if train.shape[1:] == (3, 32, 32) else 6)
     if n == len(train) or train.dim() != 4 or test.numel() == 0 or train.shape[1:] != test.shape[1:]:
         raise DataError(f"{path} has too few images, or not two sets (n, C, H, W) of one size: {tuple(train.shape)} to "
                         f"train, {tuple(test.shape)} to test")
@@ -117,6 +118,19 @@ def dequantize(images):
     negative log-likelihood of the image. Source: Uria et al., "RNADE" (2013).
     """
     return images + torch.rand(images.shape, device=images.device)
+
+
+def augment(images):
+    """Mirrors each image with probability ½; shifts it by -1, 0 or 1 pixel each way, the edge repeated.   (B, C, H, W)
+
+    Source: the published recipe of Chao et al. for CIFAR-10.
+    """
+    B, C, H, W = images.shape
+    rows, columns = ((torch.arange(n, device=images.device) + torch.randint(-1, 2, (B, 1), device=images.device)).clamp(
+        0, n - 1) for n in (H, W))  # (B, H), (B, W)
+    columns = torch.where(torch.rand(B, 1, device=images.device) < 0.5, columns.flip(1), columns)
+    return images.gather(2, rows[:, None, :, None].expand(B, C, H, W)).gather(
+        3, columns[:, None, None].expand(B, C, H, W))
 
 
 class ImageModel(nn.Module):

@@ -243,8 +243,8 @@ def _log_q(x_new, x, grad, a):
 def _exact(E, log_q):
     """Whether rounding leaves a digit of E(x) + log q(x) at a draw x of a flow.   (B,), (B,) -> (B,) bool
 
-    A flow that divides by small scales makes a few draws far away. There g(g⁻¹(u)) loses all digits of u, log q(x) comes
-    out as -10²³, say, and the draw would be accepted, or take all of the weight.
+    A flow that divides by small scales makes a few draws far away. There g(g⁻¹(u)) loses all digits of u. Then log q(x)
+    may come out as -10²³, and the draw would be accepted, or take all of the weight.
     """
     return torch.maximum(E.abs(), log_q.abs()) * torch.finfo(log_q.dtype).eps < 1
 

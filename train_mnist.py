@@ -14,13 +14,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm, parametrize
+from torch.nn.utils.parametrizations import spectral_norm
 
-from data import MNIST, DataError, ImageModel, dequantize, digest, load_images
+from data import MNIST, DataError, ImageModel, augment, dequantize, digest, load_images
 from ebflow import EBFlow, cnn_flow, fc_flow, glow_flow, logit_preprocessing
-from layers import ActNorm, FullyConnected
+from layers import ActNorm, Convolution, FullyConnected
 from losses import OBJECTIVES
-from recipes import PAPER, RECIPES
+from recipes import RECIPES, paper
 from support import plots, processes, settings
 from support.fast import accelerated, fast_products
 from support.optimization import cosine, trainable, update_average
@@ -38,13 +39,14 @@ class Settings(settings.Settings):
     arch: str = setting("fc", "architecture, see ebflow.py", choices=("fc", "cnn", "glow"))
     paper: bool = setting(False, "the published recipe in place of ours")
     data: Path = setting(MNIST, "directory of MNIST's or CIFAR-10's files, or a .npy file of bytes", decides=False)
-    flip: bool = setting(False, "mirror the images of every other batch")
+    augment: bool = setting(False, "mirror each image or not, shift it by a pixel or not")
     map: bool = setting(True, "MaP: match after pre-processing")
     ema: bool = setting(True, "EMA: evaluate the moving average of the weights")
     optimizer: str = setting("adam", "optimiser", choices=("adam", "rmsprop"))
     weight_decay: float = setting(0.0, "L2 penalty, as the optimiser applies it", least=0)
     schedule: str = setting("cosine", "of the learning rate; steps as published", choices=("cosine", "steps"))
-    decay: float = setting(0.95, "factor after each of the first 49 epochs", above=0, most=1, of=("steps",))
+    decay: float = setting(0.95, "factor after each of the first --decays epochs", above=0, most=1, of=("steps",))
+    decays: int = setting(49, "epochs after which the learning rate falls", above=0, of=("steps",))
     clip: float = setting(0.0, "largest norm of the gradient; 0: no clipping", least=0)
     s: float = setting(1.0, "scale of the logits: z = logit(x / 256) / s", above=0)
     normalize: str = setting("center", "raw logits as published; ours: mean 0; and variance 1; and covariance I",
@@ -52,6 +54,7 @@ class Settings(settings.Settings):
     diagonal: float = setting(1.0, "weights start at diagonal · I", of=("fc", "cnn"))
     ratio: float = setting(1.0, "ours: W₂ starts at this multiple of W₁, and so learns more slowly", of=("fc",))
     bias: float = setting(0.0, "biases start at this, a CNN's at random with this times Xavier's std", of=("fc", "cnn"))
+    spectral: bool = setting(False, "divide each kernel by its largest singular value", of=("cnn",))
     bend: float = setting(0.0, "ours: the activation bends at -bend and is 0 at 0; None in --paper", of=("fc", "cnn"))
     actnorm: str = setting("none", "last layer: none, or an actnorm, trained, (ours) at the moments of its input, or "
                            "with all others held at the start's", choices=("none", "trained", "moments", "held"))
@@ -70,9 +73,12 @@ class Settings(settings.Settings):
 
     def recipe(self):
         cell = f"{self.arch} {self.loss}"
-        if self.paper and cell not in PAPER:
-            sys.exit(f"error: there is no published recipe of {cell}: recipes.py: PAPER has no such row")
-        return (PAPER if self.paper else RECIPES).get(cell, {})
+        if not self.paper:
+            return RECIPES.get(cell, {})
+        table = paper(load_images(self.data)[0].shape[1:])
+        if cell not in table:
+            sys.exit(f"error: recipes.py: paper has no published recipe of {cell} for these images")
+        return table[cell]
 
 
 def train(s, device, rank=0, size=1):
@@ -86,7 +92,8 @@ def train(s, device, rank=0, size=1):
     torch.manual_seed(s.seed)
     pre, flow = build(s, splits[0])                                    # x -> z by the pre-processing, z -> u
     model = EBFlow([*pre.layers, *flow.layers], pre.shape).to(device)  # of x; pre and flow are its parts
-    averaged = copy.deepcopy(model)                                    # θ̃ of EMA
+    constants = {id(t): t for t in pre.state_dict(keep_vars=True).values()}  # shared: a checkpoint has them once
+    averaged = copy.deepcopy(model, dict(constants))                   # θ̃ of EMA
     step, optimizer = make_step(s, pre, flow, model, averaged)
     parts = {"model": model, "averaged": averaged, "optimizer": optimizer}
     run = Run(s, parts, images=[*splits[0].shape], sha256=digest(splits), processes=size)
@@ -99,7 +106,8 @@ def train(s, device, rank=0, size=1):
         phase, first, before = s, (epoch - 1) * steps, {}              # first: the steps before this epoch
         if epoch > s.epochs:  # ours: score matching does not see how much mass lies elsewhere, samples of the model do
             model.load_state_dict(best["model"])
-            before = evaluate("before_sml_test", model, test_set)
+            before = evaluate("before_sml_test", model.eval(), test_set)
+            model.train()
             phase = replace(s, loss="sml", lr=s.sml_lr, schedule="steps", decay=1.0, energy_weight=0.0,
                             compile=False)
             first, batches = 0, batches.repeat(1 + s.sml_steps // steps, 1)[:s.sml_steps]
@@ -108,7 +116,9 @@ def train(s, device, rank=0, size=1):
             optimizer.param_groups[0]["lr"] = learning_rate(phase, n, steps)
             run.record(step(train_set[index], n))
 
-        evaluated = copy.deepcopy(averaged if s.ema else model)
+        evaluated = copy.deepcopy(averaged if s.ema else model, dict(constants)).eval()
+        for buffer, trained in zip(evaluated.buffers(), model.buffers()):  # singular vectors have no average
+            buffer.copy_(trained)
         if s.actnorm == "moments":                                     # ours: clean images; training saw noisy ones
             torch.manual_seed(0)
             track_moments(evaluated, dequantize(train_set[:5000]).view(-1, *model.shape))
@@ -119,7 +129,7 @@ def train(s, device, rank=0, size=1):
             best = {"epoch": epoch, "val_nll": row["val_nll"], "model": evaluated.state_dict()}
         run.save(row, {"epoch": epoch, "best": best}, shown=("loss", "batches_per_second"))
 
-    model.load_state_dict(best["model"])
+    model.eval().load_state_dict(best["model"])
     test = {"best_epoch": best["epoch"], "best_val_nll": best["val_nll"]} | evaluate("test", model, test_set)
     torch.manual_seed(0)
     samples = model.sample(64).view(64, *splits[0].shape[1:])
@@ -128,13 +138,15 @@ def train(s, device, rank=0, size=1):
         test |= {"sml_steps": s.sml_steps, "sml_share_of_time": 1 - seconds[0] / seconds[1],
                  "sml_kept": best["epoch"] > s.epochs}                 # if the validation NLL fell
     run.finish(test)
+    if test["test_bpd"] > 8:
+        print("warning: worse than the uniform density, 8 bits/dim: give more images, or see --lr", file=sys.stderr)
     plots.save(s.out / "curves.png", plots.curves(run.metrics, s.loss))
     plots.save(s.out / "samples.png", plots.mosaic(samples))
 
 
 def learning_rate(s, n, steps):
     """The learning rate of step n = 0, 1, …, of which an epoch has `steps`."""
-    return s.lr * (cosine(n / (s.epochs * steps)) if s.schedule == "cosine" else s.decay ** min(n // steps, 49))
+    return s.lr * (cosine(n / (s.epochs * steps)) if s.schedule == "cosine" else s.decay ** min(n // steps, s.decays))
 
 
 def make_step(s, pre, flow, model, averaged):
@@ -154,9 +166,10 @@ def make_step(s, pre, flow, model, averaged):
 
     def gradient(z):                                                   # leaves ∇_θ in p.grad
         # A GPU records this once: only z and θ change from step to step, and nothing may wait for the GPU.
-        loss = objective(matched, z, **config)
-        if s.energy_weight > 0:                                        # λ·E(z), published for Glow alone
-            loss = loss + s.energy_weight * matched.energy(z).mean()
+        with parametrize.cached():                                     # with --spectral, one kernel for E and log Z
+            loss = objective(matched, z, **config)
+            if s.energy_weight > 0:                                    # λ·E(z), published for Glow and CIFAR-10
+                loss = loss + s.energy_weight * matched.energy(z).mean()
         loss.backward(inputs=parameters)                               # not for z, which is a leaf in ssm and dsm, too
         return loss.detach()
 
@@ -164,7 +177,7 @@ def make_step(s, pre, flow, model, averaged):
 
     @fast_products(s.loss)                                             # support/fast.py
     def step(images, n):
-        images = images.flip(3) if s.flip and n % 2 else images        # mirrors every second batch
+        images = augment(images) if s.augment else images
         x = dequantize(images).view(-1, *model.shape)                  # (B, C, H, W) -> (B, *shape)
         z = pre(x) if s.map else x                                     # MaP: match after pre-processing
         if s.loss in ("ssm", "fdssm") and s.sigma > 0:                 # ours: data as smooth as dsm's
@@ -219,6 +232,9 @@ def architecture(s, image):
         flow = glow_flow(image, s.width, s.depth, floor=s.floor, tanh=s.coupling == "tanh")
     if s.actnorm != "none" and s.arch != "glow":
         flow = EBFlow([*flow.layers, ActNorm(flow.shapes[-1][0])], flow.shape)
+    for layer in flow.layers if s.spectral and s.arch == "cnn" else ():
+        if isinstance(layer, Convolution):
+            spectral_norm(layer, eps=1e-12)                            # of the (out, in·k·k) matrix
     for layer in flow.modules() if s.actnorm == "held" else flow.layers[-1:]:
         if isinstance(layer, ActNorm):
             layer.requires_grad_(s.actnorm == "trained")
@@ -232,21 +248,32 @@ def measure(s, pre, images):
     ours: all three. Whitening is one more linear layer, which is not trained. With --arch fc the family of densities is
     the same with and without it, since W₁ times the whitening matrix is another W₁.
     """
-    logits, first, second = EBFlow(pre.layers[:3], pre.shape), 0.0, 0.0
-    for batch in images.split(1000):
-        z = logits(dequantize(batch).view(-1, *pre.shape)).flatten(1).double()  # (B, D)
-        first = first + z.sum(0)
-        second = second + z.T @ z if s.normalize != "center" else 0.0  # slow, not needed there
-    mean = first / len(images)
-    covariance = second / len(images) - mean.outer(mean)
+    logits = EBFlow(pre.layers[:3], pre.shape)
+    z = torch.cat([logits(dequantize(batch).view(-1, *pre.shape)).flatten(1) for batch in images.split(1000)])  # (n, D)
+    mean = z.mean(0, dtype=torch.float64)
     pre.layers[2].mean.copy_(s.s * mean.view(pre.shape))
     if s.normalize == "scale":
-        pre.layers[2].std.copy_(s.s * covariance.diag().sqrt().view(pre.shape))
+        pre.layers[2].std.copy_(s.s * z.double().std(0).view(pre.shape))
     if s.normalize == "whiten":
-        variances, U = torch.linalg.eigh(covariance)
-        if variances[0] < 1e-10 * variances[-1]:
-            raise RunError(f"the covariance of {len(images)} images is singular: give more, or --normalize center")
+        variances, U = torch.linalg.eigh(shrunk_covariance(z - mean))
         pre.layers[3].weight.copy_(U @ (variances.rsqrt()[:, None] * U.T))  # symmetric: pixels stay pixels
+
+
+def shrunk_covariance(z):
+    """(1 - ρ) S + ρ μ I, where S is the covariance of centred z (n, D) and μ its mean variance.   -> (D, D) float64
+
+        ρ = min(1, (Σ_k ‖z_k‖⁴ / n - ‖S‖²) / (n ‖S - μI‖²))
+
+    Few images leave directions of nearly no variance, which whitening would blow up. This ρ has the least expected
+    error of all, as far as the data tell. Source: Ledoit and Wolf (2004).
+    """
+    n, S, fourth = len(z), 0.0, 0.0
+    for batch in z.split(5000):
+        batch = batch.double()
+        S, fourth = S + batch.T @ batch / n, fourth + batch.square().sum(1).square().sum() / n
+    target = S.diag().mean() * torch.eye(len(S), device=S.device, dtype=S.dtype)
+    rho = ((fourth - S.square().sum()) / (n * (S - target).square().sum())).clamp(max=1)
+    return S.lerp(target, rho)
 
 
 def load(directory):
@@ -302,9 +329,10 @@ def evaluate_run(s, device, rank=0, size=1):
 
 
 def main(argv=None):
-    s = settings.parse(Settings, argv)
-    with one_line_errors(DataError, ValueError, torch.linalg.LinAlgError), processes.joined(s.device) as place:
-        evaluate_run(s, *place) if s.evaluate else train(s, *place)
+    with one_line_errors(DataError, ValueError, torch.linalg.LinAlgError):
+        s = settings.parse(Settings, argv)
+        with processes.joined(s.device) as place:
+            evaluate_run(s, *place) if s.evaluate else train(s, *place)
 
 
 if __name__ == "__main__":

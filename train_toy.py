@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch.nn.utils import get_total_norm
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from data import DataError, Points
 from densities import TOYS, Toy
@@ -52,6 +52,9 @@ class Settings(settings.Settings):
     anneal: float = setting(0.5, "ours: fraction of the run in which it falls", above=0, most=1)
     model_samples: int = setting(512, "samples of the model in a step of sml", above=0, of=("sml", *MATCHING))
     sml_steps: int = setting(0, "ours: steps of sml after the epochs; 0: none", least=0, of=MATCHING)
+    sml_lr: float = setting(3e-3, "their highest learning rate", above=0, of=MATCHING)
+    sml_clip: float = setting(0.0, "largest norm of their gradient; 0: no clipping", least=0, of=MATCHING)
+    sml_sigma: float = setting(Toy.smoothing, "noise on the points at their end", above=0, of=MATCHING)
     xi: float = setting(0.2, "length ξ of the finite difference", above=0, of=("fdssm",))
     test_points: int = setting(20_000, "points that the final figures are means over", least=8)
     compile: bool = setting(False, "torch.compile the gradient", decides=False)
@@ -60,7 +63,9 @@ class Settings(settings.Settings):
         recipe, name = RECIPES.get(self.loss, {}), str(self.data)
         if name in TOYS:
             return recipe | dict(start_smoothing=2.0, anneal=0.5) if name == "sine" else recipe  # no turns to unwind
-        return recipe | dict(sigma=0.1)
+        if self.loss not in MATCHING:
+            return dict(sigma=0.03)
+        return recipe | dict(sigma=0.1, sml_steps=500, sml_lr=1e-3, sml_clip=20.0, sml_sigma=0.03)
 
 
 def train(s, device):
@@ -87,7 +92,8 @@ def train(s, device):
         if epoch > s.epochs:  # ours: score matching does not see how much mass lies elsewhere, samples of the model do
             model.load_state_dict(best["model"])
             before = divergences("before_sml_test", model, *test)
-            phase = replace(s, loss="sml", epochs=1, steps=s.sml_steps, start_smoothing=s.sigma, compile=False)
+            phase = replace(s, loss="sml", epochs=1, steps=s.sml_steps, lr=s.sml_lr, start_smoothing=s.sigma,
+                            sigma=s.sml_sigma, compile=False)
             step, optimizer = make_step(phase, flow, averaged)
             first, steps = 0, s.sml_steps
         for n in run.watch(epoch, range(first, first + steps)):
@@ -143,6 +149,8 @@ def make_step(s, flow, averaged):
         optimizer.zero_grad()
         loss = gradient(z, sigma)
         norm = get_total_norm([p.grad for p in parameters])
+        if s.loss == "sml" and s.sml_clip:                             # a few draws lie far away, and have large ones
+            clip_grads_with_norm_(parameters, s.sml_clip, norm)
         optimizer.step()
         update_average(averages, parameters, n)                        # EMA
         return {"loss": loss, "grad_norm": norm}

@@ -26,11 +26,11 @@ DIGITS, DRAWS, STEPS = 64, 8, 1000  # test images to complete, completions of ea
 
 
 def masks(images):
-    """Three masks, True where a pixel is missing.   uint8 (n, C, H, W) -> {name: bool (n, C, H, W)}"""
+    """Three masks, True where a pixel is missing, in all channels.   uint8 (n, C, H, W) -> {name: bool (n, C, H, W)}"""
     H = images.shape[2]
     return {"lower half": (torch.arange(H) >= H // 2)[:, None].expand_as(images),
-            "random pixels": torch.rand(images.shape) < 0.5,
-            "another digit's shape": images.roll(1, dims=0) > images.max() // 2}
+            "random pixels": (torch.rand(len(images), 1, *images.shape[2:]) < 0.5).expand_as(images),
+            "another digit's shape": images.roll(1, 0).gt(images.max() // 2).any(1, keepdim=True).expand_as(images)}
 
 
 def rmse(image, truth, mask):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from data import MNIST, DataError, ImageModel, Points, dequantize, digest, load_images, read_idx
+from data import MNIST, DataError, ImageModel, Points, augment, dequantize, digest, load_images, read_idx
 from ebflow import EBFlow, cnn_flow, fc_flow
 from layers import Standardize
 
@@ -61,7 +61,7 @@ def test_a_file_is_read_gzipped_or_not_and_split(tmp_path):
 def test_cifar_10_is_read_as_its_home_page_says(tmp_path):
     images = small_cifar(tmp_path)
     splits = load_images(tmp_path)
-    assert [len(split) for split in splits] == [50, 10, 12] and torch.equal(torch.cat(splits), images)
+    assert [len(split) for split in splits] == [48, 12, 12] and torch.equal(torch.cat(splits), images)
 
 
 @pytest.mark.parametrize("channels", [(), (1,), (3,)])
@@ -134,6 +134,18 @@ def test_arrays_that_are_not_of_images_are_refused_with_their_shapes(tmp_path):
         (tmp_path / f"{name}-images-idx3-ubyte").write_bytes(idx(GREY[:, 0, 0]))
     with pytest.raises(DataError, match=r"\(300, 1\)"):
         load_images(tmp_path)
+
+
+def test_augment_mirrors_half_of_the_images_and_shifts_each_by_at_most_a_pixel_with_its_edge_repeated():
+    image = torch.randint(256, (1, 3, 5, 6), dtype=torch.uint8)
+    seen = augment(image.expand(9000, 3, 5, 6))
+    assert seen.dtype == torch.uint8 and seen.shape == (9000, 3, 5, 6)
+    padded, counts = torch.nn.functional.pad(image.float(), (1, 1, 1, 1), mode="replicate").to(torch.uint8), []
+    for i in range(3):
+        for j in range(3):
+            shifted = padded[..., i:i + 5, j:j + 6]
+            counts += [(seen == one).flatten(1).all(1).sum().item() for one in (shifted, shifted.flip(3))]
+    assert sum(counts) == 9000 and all(400 < count < 600 for count in counts)  # each 500 ± 22
 
 
 # ---- Bytes in, bytes out ---------------------------------------------------------------------------------------------

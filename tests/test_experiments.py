@@ -190,7 +190,9 @@ def test_each_mask_hides_what_its_name_says_and_the_error_is_of_hidden_pixels_an
     images[0, 2, 1, 2], images[1, 0, 3, 3] = 200, 90
     hidden = imputation.masks(images)
     assert hidden["lower half"].all((0, 1, 3)).tolist() == [False, False, True, True]
-    assert hidden["another digit's shape"].nonzero().tolist() == [[1, 2, 1, 2]]  # 90 is not bright
+    assert hidden["another digit's shape"].nonzero().tolist() == [[1, i, 1, 2] for i in range(3)]  # 90 is not bright
+    random = hidden["random pixels"]
+    assert (random == random[:, :1]).all() and 0 < random.sum() < random.numel()  # all channels of a pixel are hidden
     truth, guess = torch.zeros(2, 3, 4, 4), torch.full((5, 2, 3, 4, 4), 1000.0)
     guess[..., 2:, :] = 64
     assert imputation.rmse(guess, truth, hidden["lower half"]) == 0.25

@@ -12,11 +12,11 @@ import torch
 import losses
 import train_mnist
 from conftest import assert_same_bits, checkpoint, failing, rows, stop_after, timeless, without_pictures
-from data import dequantize, load_images
+from data import augment, dequantize, load_images
 from ebflow import EBFlow, fc_flow, glow_flow, logit_preprocessing
 from layers import ActNorm, AffineCoupling, LinearLayer
 from losses import OBJECTIVES
-from recipes import PAPER, RECIPES
+from recipes import RECIPES, paper
 from support import settings
 from support.optimization import trainable
 from train_mnist import Settings, build, evaluate, main, make_step
@@ -207,7 +207,7 @@ def test_colour_images_go_through_every_architecture(tmp_path, arch):
     images = shade + np.random.default_rng(1).integers(0, 56, (420, 8, 8, 3))
     np.save(tmp_path / "colour.npy", images.astype(np.uint8))
     small = ["--width", "4", "--depth", "1"] if arch == "glow" else []
-    main(arguments(tmp_path / "colour.npy", tmp_path / "run", "--arch", arch, "--loss", "dsm", "--flip", *small))
+    main(arguments(tmp_path / "colour.npy", tmp_path / "run", "--arch", arch, "--loss", "dsm", "--augment", *small))
     first, *_, last = rows(tmp_path / "run")
     assert last["val_nll"] < first["val_nll"]
     assert last["test_bpd"] == pytest.approx(last["test_nll"] / (192 * math.log(2)))
@@ -215,16 +215,52 @@ def test_colour_images_go_through_every_architecture(tmp_path, arch):
     assert train_mnist.load(tmp_path / "run").sample(2).shape == (2, 3, 8, 8)
 
 
-def test_flip_mirrors_the_images_of_every_other_step(images, monkeypatch):
+def test_with_augment_a_step_sees_images_that_are_mirrored_and_shifted_and_without_it_the_images(images, monkeypatch):
     seen = []
     monkeypatch.setattr(train_mnist, "dequantize", lambda images: seen.append(images.clone()) or dequantize(images))
-    for flip in (True, False):
-        step = start(images, *["--flip"] * flip)[5]
+    for flags in (["--augment"], []):
+        step = start(images, *flags)[5]
         seen.clear()
-        for n in range(3):
-            step(images[:9], n)
-        for n, shown in enumerate(seen):
-            assert torch.equal(shown, images[:9].flip(3) if n == 1 and flip else images[:9])
+        torch.manual_seed(5)
+        step(images[:9], 0)
+        torch.manual_seed(5)
+        assert torch.equal(seen[0], augment(images[:9]) if flags else images[:9])
+
+
+def test_a_run_that_ends_above_the_uniform_density_says_so(npy, tmp_path, capsys, no_pictures):
+    """Which has log 256 nats for each of the 16 pixels."""
+    for name, lr, worse in (("bad", "1e-9", True), ("good", "1e-2", False)):
+        main(arguments(npy, tmp_path / name, "--loss", "ml", "--normalize", "center", "--lr", lr, "--epochs", "20",
+                       "--diagonal", "9" if worse else "1"))
+        nll = rows(tmp_path / name)[-1]["test_nll"]
+        assert (nll > 16 * math.log(256)) == worse == ("uniform" in capsys.readouterr().err)
+
+
+def test_a_checkpoint_has_the_constants_of_the_pre_processing_once(npy, tmp_path, no_pictures):
+    main(arguments(npy, tmp_path))
+    state = checkpoint(tmp_path)["state"]
+    models = [state["model"], state["averaged"], state["best"]["model"]]
+    for name in models[0]:
+        places = {model[name].data_ptr() for model in models}
+        constant = int(name.split(".")[1]) < 4
+        assert len(places) == (1 if constant else 3), name
+
+
+def test_the_shrunk_covariance_is_ledoit_and_wolfs_by_their_definition_and_nearer_to_the_truth():
+    """(b²/d²) μI + (1 - b²/d²) S with d² = ‖S - μI‖² and b² the mean of ‖z_k z_kᵀ - S‖², over n, all divided by D."""
+    scale = torch.linspace(0.1, 3, 20, dtype=torch.float64)
+    for n in (15, 30, 4000):
+        z = scale * torch.randn(n, 20, dtype=torch.float64)
+        z = z - z.mean(0)
+        S, I = z.T @ z / n, torch.eye(20, dtype=torch.float64)
+        mu = S.trace() / 20
+        d = (S - mu * I).square().sum()
+        b = min(d, torch.stack([(row.outer(row) - S).square().sum() for row in z]).sum() / n**2)
+        found = train_mnist.shrunk_covariance(z.float())
+        torch.testing.assert_close(found, b / d * mu * I + (1 - b / d) * S, rtol=1e-5, atol=1e-5)
+        truth = scale.square().diag()
+        assert (found - truth).norm() < (S - truth).norm()
+        assert torch.linalg.eigvalsh(found)[0] > (0.1 if n < 20 else 0)  # S of 15 points is singular
 
 
 @pytest.mark.parametrize("arch, s", [("fc", 0.5), ("fc", 1.0), ("cnn", 2.0), ("glow", 1.0)])
@@ -374,9 +410,18 @@ def test_the_nll_is_a_mean_over_all_images_with_the_same_noise_at_every_call(ima
 
 # ---- Recipes ---------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("table, flags", [(RECIPES, []), (PAPER, ["--paper"])], ids=["ours", "the paper's"])
-def test_every_cell_has_a_recipe_of_settings_that_it_has(table, flags):
-    cells = {f"{arch} {loss}" for arch in ("fc", "cnn", "glow") for loss in ("ml", "sml", "ssm", "dsm", "fdssm")}
+def published(monkeypatch, image):
+    """--paper for images of this shape (C, H, W): a function (*flags) -> settings."""
+    monkeypatch.setattr(train_mnist, "load_images", lambda path: [torch.zeros(1, *image)])
+    return lambda *flags: parse("--paper", *flags)
+
+
+@pytest.mark.parametrize("image", [None, (1, 28, 28), (3, 32, 32)], ids=["ours", "MNIST", "CIFAR-10"])
+def test_every_cell_has_a_recipe_of_settings_that_it_has(monkeypatch, image):
+    table, flags = (paper(image), ["--paper"]) if image else (RECIPES, [])
+    monkeypatch.setattr(train_mnist, "load_images", lambda path: [torch.zeros(1, *image)])
+    archs = ("fc", "cnn", "glow") if image != (3, 32, 32) else ("fc", "cnn")
+    cells = {f"{arch} {loss}" for arch in archs for loss in ("ml", "sml", "ssm", "dsm", "fdssm")}
     assert cells <= table.keys()  # a user may add rows
     for cell, recipe in table.items():
         arch, loss = cell.split()
@@ -389,15 +434,18 @@ def test_an_objective_without_a_published_recipe_is_refused_by_the_name_of_the_t
     monkeypatch.setitem(OBJECTIVES, "sharp", lambda model, x, **_: losses.sm(model.energy, x))
     monkeypatch.setitem(RECIPES, "fc sharp", dict(lr=0.123))
     assert parse("--loss", "sharp").lr == 0.123
-    with pytest.raises(SystemExit, match="fc sharp.* PAPER"):
-        parse("--loss", "sharp", "--paper")
+    for image, flags in (((1, 28, 28), ["--loss", "sharp"]), ((3, 32, 32), ["--arch", "glow"])):
+        with pytest.raises(SystemExit, match="recipes.py: paper .*(fc sharp|glow dsm)"):
+            published(monkeypatch, image)(*flags)
 
 
-def test_the_published_settings_are_the_papers():
-    """As the authors' configurations have them; ssm and dsm divided by D = 784 there, fdssm by D and sml by 2."""
-    D = 784
+@pytest.mark.parametrize("image", [(1, 28, 28), (1, 16, 16)])
+def test_the_published_settings_are_the_papers(monkeypatch, image):
+    """As the authors' configurations have them; ssm and dsm divided by D there, fdssm by D and sml by 2."""
+    D, by_paper = math.prod(image), published(monkeypatch, image)
     for loss in OBJECTIVES:
-        fc, cnn, glow = (parse("--paper", "--arch", arch, "--loss", loss) for arch in ("fc", "cnn", "glow"))
+        fc, cnn, glow = (by_paper("--arch", arch, "--loss", loss) for arch in ("fc", "cnn", "glow"))
+        assert all((s.decays, s.augment, s.spectral) == (49, False, False) for s in (fc, cnn, glow))
         assert (fc.epochs, cnn.epochs, glow.epochs) == (10_000, 1_000, 80)
         assert all(s.batch_size == 100 and s.schedule == "steps" and s.normalize == "none" for s in (fc, cnn, glow))
         assert fc.optimizer == cnn.optimizer == "rmsprop" and glow.optimizer == "adam"
@@ -413,6 +461,80 @@ def test_the_published_settings_are_the_papers():
             assert (fc.sigma, cnn.sigma, glow.sigma) == ((1, 0.1, 0.1) if loss == "dsm" else (0, 0, 0))
         if loss == "fdssm":
             assert (fc.xi, cnn.xi, glow.xi) == (1, 0.1, 0.1)
+
+
+@pytest.mark.parametrize("loss, fc_decay, cnn_decay, spectral, weight", [
+    ("ml", (0.7, 19), (0.8, 19), True, 0), ("sml", (0.7, 19), (0.8, 19), False, 0),
+    ("ssm", (0.85, 29), (0.9, 19), True, 0.001 * 32 * 32), ("dsm", (0.85, 29), (0.8, 19), True, 0.001 * 32 * 32),
+    ("fdssm", (0.7, 19), (0.85, 49), False, 0.001 * 3072 / 0.1**2)])
+def test_the_published_settings_of_cifar_10_are_the_papers(monkeypatch, loss, fc_decay, cnn_decay, spectral, weight):
+    """λ·E was added to each of the H·W values that remain after a sum over channels; fdssm's sum is divided by ξ²."""
+    fc, cnn = (published(monkeypatch, (3, 32, 32))("--arch", arch, "--loss", loss) for arch in ("fc", "cnn"))
+    for s in (fc, cnn):
+        assert (s.epochs, s.batch_size, s.optimizer, s.lr, s.schedule) == (10_000, 100, "rmsprop", 1e-4, "steps")
+        assert s.augment and (s.weight_decay, s.clip, s.diagonal, s.normalize) == (0, 0, -1, "none")
+        if weight:
+            assert s.energy_weight == pytest.approx(weight) and s.sigma == (0.1 if loss == "dsm" else 0)
+            assert loss != "fdssm" or s.xi == 0.1
+    assert ((fc.decay, fc.decays), (cnn.decay, cnn.decays)) == (fc_decay, cnn_decay)
+    assert (fc.s, cnn.s, fc.bias, cnn.bias, cnn.spectral) == (0.5, 0.75, 1, 0.01, spectral)
+
+
+def test_the_learning_rate_of_the_published_schedule_falls_after_each_of_its_first_epochs():
+    s = parse("--schedule", "steps", "--decay", "0.5", "--decays", "3", "--lr", "1.6")
+    assert [train_mnist.learning_rate(s, n, 10) for n in (0, 9, 10, 29, 30, 45, 900)] == [
+        1.6, 1.6, 0.8, 0.4, 0.2, 0.2, 0.2]
+
+
+def test_a_published_step_of_colour_images_is_by_the_formulas(monkeypatch, float64):
+    """dsm of a CNN: kernels over their largest singular value, λ E, and the NLL by brute force, in float64."""
+    s = published(monkeypatch, (3, 32, 32))("--arch", "cnn", "--loss", "dsm")
+    images = torch.randint(256, (50, 3, 4, 4), dtype=torch.uint8)
+    pre, flow = build(s, images)
+    for name, p in flow.named_parameters():
+        p.data += 0.3 * torch.randn_like(p)
+    for layer in flow.layers:  # power iteration has converged
+        if hasattr(layer, "parametrizations"):
+            U, _, V = torch.linalg.svd(layer.parametrizations.weight.original.detach().flatten(1), full_matrices=False)
+            layer.parametrizations.weight[0]._u, layer.parametrizations.weight[0]._v = U[:, 0].clone(), V[0].clone()
+    model = EBFlow([*pre.layers, *flow.layers], pre.shape)
+    step, _ = make_step(s, pre, flow, model, copy.deepcopy(model))
+    torch.manual_seed(3)
+    x = dequantize(augment(images[:6])).double()
+    noise = torch.randn(6, 3, 4, 4)
+    z = torch.logit((x / 256 + 1e-6) * (1 - 2e-6)) / 0.75
+
+    weights = [p.detach().clone().requires_grad_() for p in flow.parameters()]
+    def energy(z):
+        log_det, layers = 0, iter(weights)
+        for i, (bias, kernel) in enumerate(zip(layers, layers)):
+            if i in (2, 4):
+                z = torch.nn.functional.pixel_unshuffle(z, 2)
+            kernel = kernel / torch.linalg.matrix_norm(kernel.flatten(1), 2)
+            z = torch.nn.functional.conv2d(z, kernel, bias, padding=3)
+            if i < 5:
+                log_det = log_det + torch.log(1.3 + 0.7 * torch.sigmoid(z)).flatten(1).sum(1)
+                z = 1.3 * z + 0.7 * torch.nn.functional.softplus(z)
+        return 0.5 * z.flatten(1).square().sum(1) + 24 * math.log(2 * math.pi) - log_det
+
+    noisy = (z + 0.1 * noise).requires_grad_()
+    score, = torch.autograd.grad(energy(noisy).sum(), noisy, create_graph=True)
+    loss = 0.5 * (score - noise / 0.1).square().flatten(1).sum(1).mean() + 1.024 * energy(z).mean()
+    gradients = torch.autograd.grad(loss, weights)
+    torch.manual_seed(3)
+    figures = step(images[:6], 0)
+    torch.testing.assert_close(figures["loss"], loss.detach(), rtol=1e-8, atol=0)
+    for p, expected in zip(flow.parameters(), gradients):
+        torch.testing.assert_close(p.grad, expected, rtol=1e-6, atol=1e-6 * expected.abs().max().item())
+    model.eval()
+    with torch.no_grad():
+        before = {name: b.clone() for name, b in model.named_buffers()}
+        J = torch.func.jacrev(model)(x[:1]).view(48, 48)
+        u = model(x[:1]).flatten()
+        nll = 0.5 * u.square().sum() + 24 * math.log(2 * math.pi) - torch.linalg.slogdet(J).logabsdet
+        torch.testing.assert_close(-model.log_prob(x[:1])[0], nll)
+        torch.testing.assert_close(model.inverse(model(x)), x, rtol=1e-6, atol=1e-6)
+    assert all(torch.equal(before[name], b) for name, b in model.named_buffers())  # evaluation moves nothing
 
 
 # ---- How much there is to read ---------------------------------------------------------------------------------------
@@ -438,7 +560,7 @@ def test_before_its_first_step_few_functions_are_entered_and_few_frames_in_a_ste
     finally:
         sys.setprofile(None)
     step = [name for _, _, name in calls].index("step")
-    assert 20 < len(set(calls)) <= 58 and 10 < len(calls) - step <= 30, (sorted(set(calls)), calls[step:])
+    assert 20 < len(set(calls)) <= 60 and 10 < len(calls) - step <= 30, (sorted(set(calls)), calls[step:])
 
 
 # ---- Evaluation alone ------------------------------------------------------------------------------------------------
