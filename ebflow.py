@@ -153,8 +153,11 @@ def cnn_flow(shape=(1, 28, 28), kernel_size=7, blocks=3, alpha=0.3, diagonal=-1.
     return EBFlow(layers[:-1], shape)
 
 
-def toy_flow(dim=2, blocks=10, width=64):
-    """Blocks of (fully-connected, affine coupling, actnorm) and a last fully-connected layer: the paper's toys."""
+def toy_flow(dim=2, blocks=10, width=64, floor=0.0):
+    """Blocks of (fully-connected, affine coupling, actnorm) and a last fully-connected layer: the paper's toys.
+
+    ours: the `floor` under the couplings' scales, without which a few draws fly far away after score matching.
+    """
     def network(n, m):  # ours: one network gives scale and shift; the paper has two
         return nn.Sequential(nn.Linear(n, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, m))
 
@@ -163,7 +166,7 @@ def toy_flow(dim=2, blocks=10, width=64):
     for block in range(blocks):
         swap = block % 2 == 1
         net = network(rest, 2 * half) if swap else network(half, 2 * rest)
-        layers += [FullyConnected(dim), AffineCoupling(net, swap), ActNorm(dim)]
+        layers += [FullyConnected(dim), AffineCoupling(net, swap, floor), ActNorm(dim)]
     return EBFlow([*layers, FullyConnected(dim)], (dim,))
 
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.nn.utils import get_total_norm
 
 from data import DataError, Points
 from densities import TOYS, Toy
@@ -47,13 +47,13 @@ class Settings(settings.Settings):
     plateau: float = setting(0.0, "fraction of the run at the highest learning rate", least=0, below=1)
     blocks: int = setting(10, "blocks of the flow", above=0)
     width: int = setting(64, "units in the couplings' networks", above=0)
+    floor: float = setting(0.0, "ours: smallest scale of a coupling; 0: none", least=0, below=1)
     sigma: float = setting(Toy.smoothing, "noise on the points at the end; the toys' own is 0.375", above=0)
     start_smoothing: float = setting(2.0, "ours: noise on the points at the start, if above σ; it falls to σ", above=0)
     anneal: float = setting(0.5, "ours: fraction of the run in which it falls", above=0, most=1)
     model_samples: int = setting(512, "samples of the model in a step of sml", above=0, of=("sml", *MATCHING))
     sml_steps: int = setting(0, "ours: steps of sml after the epochs; 0: none", least=0, of=MATCHING)
     sml_lr: float = setting(3e-3, "their highest learning rate", above=0, of=MATCHING)
-    sml_clip: float = setting(0.0, "largest norm of their gradient; 0: no clipping", least=0, of=MATCHING)
     sml_sigma: float = setting(Toy.smoothing, "noise on the points at their end", above=0, of=MATCHING)
     xi: float = setting(0.2, "length ξ of the finite difference", above=0, of=("fdssm",))
     test_points: int = setting(20_000, "points that the final figures are means over", least=8)
@@ -65,7 +65,7 @@ class Settings(settings.Settings):
             return recipe | dict(start_smoothing=2.0, anneal=0.5) if name == "sine" else recipe  # no turns to unwind
         if self.loss not in MATCHING:
             return dict(sigma=0.03)
-        return recipe | dict(sigma=0.1, sml_steps=500, sml_lr=1e-3, sml_clip=20.0, sml_sigma=0.03)
+        return recipe | dict(sigma=0.1, sml_steps=500, sml_lr=1e-3, sml_sigma=0.03)
 
 
 def train(s, device):
@@ -92,8 +92,8 @@ def train(s, device):
         if epoch > s.epochs:  # ours: score matching does not see how much mass lies elsewhere, samples of the model do
             model.load_state_dict(best["model"])
             before = divergences("before_sml_test", model, *test)
-            phase = replace(s, loss="sml", epochs=1, steps=s.sml_steps, lr=s.sml_lr, start_smoothing=s.sigma,
-                            sigma=s.sml_sigma, compile=False)
+            phase = replace(s, loss="sml", epochs=1, steps=s.sml_steps, lr=s.sml_lr, sigma=s.sml_sigma,
+                            start_smoothing=0.0, compile=False)
             step, optimizer = make_step(phase, flow, averaged)
             first, steps = 0, s.sml_steps
         for n in run.watch(epoch, range(first, first + steps)):
@@ -127,7 +127,7 @@ def build(s, data, device):
     torch.manual_seed(s.seed)
     layers = [Standardize(data.std, data.mean)] if isinstance(data, Points) else []
     dim = data.train.shape[1] if layers else 2
-    pre, flow = EBFlow(layers, (dim,)).to(device), toy_flow(dim, s.blocks, s.width).to(device)
+    pre, flow = EBFlow(layers, (dim,)).to(device), toy_flow(dim, s.blocks, s.width, s.floor).to(device)
     flow.initialize(pre(data.sample(2000, device, s.start_smoothing)))
     return pre, flow
 
@@ -149,8 +149,6 @@ def make_step(s, flow, averaged):
         optimizer.zero_grad()
         loss = gradient(z, sigma)
         norm = get_total_norm([p.grad for p in parameters])
-        if s.loss == "sml" and s.sml_clip:                             # a few draws lie far away, and have large ones
-            clip_grads_with_norm_(parameters, s.sml_clip, norm)
         optimizer.step()
         update_average(averages, parameters, n)                        # EMA
         return {"loss": loss, "grad_norm": norm}
@@ -196,7 +194,7 @@ def load(directory):
         config, weights = saved["config"], saved["state"]["best"]["model"]
         _, dim = config.get("points", (0, 2))
         layers = [Standardize(torch.ones(dim), torch.zeros(dim))] if "points" in config else []
-        model = EBFlow([*layers, *toy_flow(dim, config["blocks"], config["width"]).layers], (dim,))
+        model = EBFlow([*layers, *toy_flow(dim, config["blocks"], config["width"], config.get("floor", 0.0)).layers], (dim,))
         model.load_state_dict(weights)
     return model.eval().requires_grad_(False)
 

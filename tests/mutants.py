@@ -529,9 +529,6 @@ CHANGES = [
      "experiments_rivals entropy"),
     ("experiments/rivals.py", "delta.T @ (y @ W)", "delta.T @ y", "experiments_rivals gradients"),
     ("experiments/rivals.py", "-0.5 * delta_x.T @ y", "0.5 * delta_x.T @ y", "experiments_rivals gradients"),
-    ("experiments/rivals.py", "if s.actnorm == \"moments\" and n % 10 == 0:", "if False:", "experiments_rivals tenth"),
-    ("experiments/rivals.py", "[\"val_nll\"] / digits", "[\"val_nll\"]", "experiments_rivals beside"),
-    ("experiments/rivals.py", "str(lr / n**0.5)", "str(lr)", "experiments_rivals race_stops"),
 ]
 
 EQUIVALENT = [

@@ -1,9 +1,10 @@
-"""The concept files work outside the house: what the README says of copying them is done in an empty folder.
+"""What the pages show of using and copying works: copies in a folder that holds only the files that they need.
 
-The example with zuko is skipped where it is not installed: pip install -r tests/requirements-zuko.txt
+Examples with zuko and normflows are skipped where these are not installed: pip install -r tests/requirements-other.txt
 """
 
 import importlib.util
+import os
 import re
 import shutil
 import subprocess
@@ -13,21 +14,51 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-EXAMPLES = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+(USE, *COPIES), (OUTLIERS, *MORE) = (re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.S)
+                                     for page in ("README.md", "docs/use.md"))
 NEEDS = {"losses": [], "sampling": [], "layers": [], "ebflow": ["layers"]}
-CHECKS = {"an energy network": "assert energy[0].weight.grad.norm() > 0",
+CHECKS = {"an energy with a condition": "assert net[0].weight.grad.norm() > 0",
+          "normflows": "flow = Conv(3, 5)\nflow.weight.data += 0.1 * torch.randn_like(flow.weight)\n"
+                       "u, log_det = flow.inverse(x)\nback, minus = flow.forward(u)\n"
+                       "torch.testing.assert_close(back, x, rtol=1e-3, atol=1e-3)\n"
+                       "J = torch.func.jacrev(lambda x: flow.inverse(x)[0])(x[:1]).view(192, 192)\n"
+                       "torch.testing.assert_close(log_det.float(), torch.linalg.slogdet(J)[1].expand(5), rtol=1e-3, "
+                       "atol=1e-3)\ntorch.testing.assert_close(minus, -log_det)",
+          "a condition in fdssm": "assert net[0].weight.grad.norm() > 0 and c.shape == (1536, 1)",
           "zuko": "torch.testing.assert_close(EBFlow([Zuko(flow)], (2,)).log_prob(x), flow().log_prob(x))",
-          "a layer": "assert (Reverse()(torch.eye(3)) == torch.eye(3).flip(1)).all()"}
+          "a layer": "H = Householder(3)(torch.eye(3))\ntorch.testing.assert_close(H @ H, torch.eye(3))\n"
+                     "assert abs(torch.linalg.det(H) + 1) < 1e-5"}
 
 
 def run(code, folder):
-    subprocess.run([sys.executable, "-c", code], cwd=folder, check=True, timeout=300)
+    return subprocess.run([sys.executable, "-c", code], cwd=folder, check=True, timeout=300, text=True,
+                          capture_output=True).stdout
 
 
-@pytest.mark.parametrize("example, check", [*zip(EXAMPLES, CHECKS.values(), strict=True)], ids=CHECKS)
-def test_an_example_of_the_readme_runs_in_a_folder_that_holds_only_the_files_it_needs(example, check, tmp_path):
-    if "zuko" in example and importlib.util.find_spec("zuko") is None:
-        pytest.skip("needs zuko")
+def test_what_was_trained_is_used_as_the_readme_says_on_the_weights_that_are_shipped(tmp_path):
+    check = """
+assert model.inverse(u).eq(images).float().mean() > 0.999 and score.shape == images.shape
+draws = np.load("draws.npy")
+assert draws.dtype == np.uint8 and draws.shape == (16, 28, 28, 1) and 20 < draws.mean() < 50
+print(log_p.mean().item(), E.mean().item() + model.flow.log_z().item(), bits.mean().item() * 784 * np.log(2))"""
+    os.symlink(ROOT / "results", tmp_path / "results")
+    printed = run(f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{USE}{check}", tmp_path)
+    log_p, *nlls = map(float, printed.split())
+    for value in (-log_p, *nlls):  # each with noise of its own
+        assert 900 < value < 1100 and value == pytest.approx(nlls[-1], abs=8)
+
+
+def test_the_example_of_outliers_tells_turned_images_from_others(tmp_path):
+    os.symlink(ROOT / "results", tmp_path / "results")
+    areas = [*map(float, run(f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{OUTLIERS}", tmp_path).split())]
+    assert len(areas) == 2 and 0.5 < min(areas) <= max(areas) < 1 and len(OUTLIERS.splitlines()) <= 15
+
+
+@pytest.mark.parametrize("example, check", [*zip(COPIES + MORE, CHECKS.values(), strict=True)], ids=CHECKS)
+def test_an_example_of_the_pages_runs_in_a_folder_that_holds_only_the_files_it_needs(example, check, tmp_path):
+    for name in ("zuko", "normflows"):
+        if name in example and importlib.util.find_spec(name) is None:
+            pytest.skip(f"needs {name}")
     for name in re.findall(r"^from (\w+) import", example, re.M):
         for file in (name, *NEEDS[name]):
             shutil.copy(ROOT / f"{file}.py", tmp_path)

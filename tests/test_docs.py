@@ -11,14 +11,15 @@ import train_ebm
 import train_mnist
 import train_toy
 from ebflow import cnn_flow
-from experiments import ablation, balanced, bumps, mass, rivals, runtime, starts, tables, unbalanced
+from experiments import (ablation, balanced, bumps, mass, outliers, points, rivals, runtime, starts, tables,
+                         unbalanced)
 from losses import OBJECTIVES
 from support.settings import parse
 
 ROOT = Path(__file__).parent.parent
 PAGES = {path: (ROOT / path).read_text()
-         for path in ("README.md", "docs/results.md", "docs/tour.md", "docs/balanced.md")}
-README, RESULTS, TOUR, BALANCED = PAGES.values()
+         for path in ("README.md", "docs/results.md", "docs/tour.md", "docs/balanced.md", "docs/use.md")}
+README, RESULTS, TOUR, BALANCED, USE = PAGES.values()
 FENCE = r"```(\w*)\n(.*?)```"
 
 
@@ -197,14 +198,21 @@ TABLES = {
     "unbalanced": lambda: unbalanced.rows(result("unbalanced.json")["runs"]),
     "runtime": lambda: runtime.table([row for row in steps() if row["D"] in (256, 3072)]),
     "rivals": lambda: rivals.rows(result("rivals.json")["runs"]),
-    "race": lambda: rivals.race_rows(result("race-cpu.json")["runs"]),
+    "outliers": lambda: outliers.rows(result("outliers.json")["runs"]),
+    # "points": lambda: points.rows(result("points.json")["runs"]),
 }
 
 
 @pytest.mark.parametrize("name", TABLES)
 def test_a_table_holds_the_recorded_numbers(name):
     rows = [*TABLES[name]()]
-    assert rows and all(row in RESULTS.splitlines() for row in rows)
+    assert rows and all(row in (RESULTS + USE).splitlines() for row in rows)
+
+
+def test_the_page_of_use_says_what_the_shipped_weights_are_worth():
+    cnn, swirl = result("weights.json")["runs"].values()
+    text = " ".join(USE.split())
+    assert f"test NLL {cnn['test_nll']:,.1f} nats" in text and f"KL {swirl['test_kl']:.3f} nats" in text
 
 
 @pytest.mark.parametrize("loss", ["ml", "dsm"])

@@ -83,6 +83,14 @@ def test_every_recipe_is_of_settings_that_its_objective_has(data, loss):
     assert {name: vars(s)[name] for name in recipe} == recipe
 
 
+@pytest.mark.parametrize("loss", OBJECTIVES)
+def test_points_of_a_file_have_settings_of_their_own(loss):
+    s = parse("--data", "points.csv", "--loss", loss)
+    matching = loss in ("ssm", "dsm", "fdssm")
+    assert (s.sigma, s.floor) == ((0.1, 0.1) if matching else (0.03, 0.0))
+    assert s.config()["sigma"] == s.sigma and (not matching or (s.sml_steps, s.sml_sigma) == (500, 0.03))
+
+
 # ---- The noise on the points -----------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("loss", ["ml", "dsm"])

@@ -1,0 +1,127 @@
+"""Where score matching pays: ml, dsm and ssm for the same time on colour images of 3 × 32 × 32. Takes two hours.
+
+    python -m experiments.colour --data cifar-10-batches-bin
+
+Each architecture and objective trains for MINUTES of processor time on one thread, with its learning rate by a cosine of
+the time that is over. The clock stands still while 2,000 validation images are evaluated. Before, each of three learning
+rates is tried for a fifth of the time, and that of the lowest NLL is taken: the same effort for all. Pixels are whitened.
+The last layer is an actnorm: trained by ml, at the moments of its input in score matching. No steps of sml follow.
+results/colour.json has the curves, results/colour.png shows them beside one Gaussian.
+"""
+
+import copy
+import math
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+import train_mnist
+from data import DataError, dequantize, load_images
+from ebflow import EBFlow
+from experiments import command_line, completed, panels
+from support import plots, settings
+from support.optimization import cosine
+from support.run import one_line_errors
+
+MINUTES, TRIES, LOOKS = 10, (1 / 3, 1, 3), 15
+FC, CNN = "--arch fc --normalize whiten ", "--arch cnn --normalize whiten --diagonal -0.6 "
+NOISY = "--actnorm moments --sml-steps 0 --sigma 0.35 "
+OWN = {  # with the learning rate in the middle of its tries
+    "fc ml": FC + "--loss ml --actnorm trained --diagonal 0.5 --batch-size 200 --lr 1e-3",
+    "fc ssm": FC + "--loss ssm --diagonal 4 --ratio 6 --lr 2e-3 " + NOISY,
+    "fc dsm": FC + "--loss dsm --diagonal 4 --ratio 6 --lr 3e-3 " + NOISY,
+    "cnn ml": CNN + "--loss ml --actnorm trained --bend 0 --lr 3e-3",
+    "cnn ssm": CNN + "--loss ssm --clip 2000 --lr 5e-4 " + NOISY,
+    "cnn dsm": CNN + "--loss dsm --clip 2000 --lr 5e-4 " + NOISY,
+}
+
+
+def race(s, pre, splits, minutes):
+    """Trains for so many minutes.   -> {"curve": [[minutes, NLL of 2,000 validation images]], "steps"}, the flow"""
+    torch.manual_seed(s.seed)
+    flow = train_mnist.architecture(s, splits[0].shape[1:])
+    flow.initialize(pre(dequantize(splits[0][:1000].view(-1, *pre.shape))))
+    model = EBFlow([*pre.layers, *flow.layers], pre.shape)
+    averaged = copy.deepcopy(model, {id(t): t for t in pre.state_dict(keep_vars=True).values()})
+    step, optimizer = train_mnist.make_step(s, pre, flow, model, averaged)
+    curve, spent, n = [], 0.0, 0
+    while True:
+        if spent >= len(curve) / LOOKS * minutes * 60:
+            if s.actnorm == "moments":
+                torch.manual_seed(0)
+                train_mnist.track_moments(averaged, dequantize(splits[0][:5000]).view(-1, *model.shape))
+            nll = train_mnist.evaluate("val", averaged.eval(), splits[1][:2000])["val_nll"]
+            curve.append([spent / 60, nll])
+            print(f"{s.arch} {s.loss} lr {s.lr:g}: {spent / 60:.1f} minutes, {n} steps, {nll:.1f}", flush=True)
+            torch.manual_seed(1000 * s.seed + len(curve))
+            if len(curve) > LOOKS or not math.isfinite(nll):
+                return {"curve": curve, "steps": n, "lr": s.lr}, averaged
+        start = time.process_time()
+        optimizer.param_groups[0]["lr"] = s.lr * cosine(min(spent / (60 * minutes), 1.0))
+        step(splits[0][torch.randint(len(splits[0]), (s.batch_size,))], n)
+        spent, n = spent + time.process_time() - start, n + 1
+
+
+def cell(name, data, splits, minutes, flags):
+    """Tries three learning rates, and trains by the best.   -> dict"""
+    s = settings.parse(train_mnist.Settings, [*OWN[name].split(), "--data", str(data), *flags])
+    torch.manual_seed(0)
+    pre, _ = train_mnist.build(s, splits[0])
+    tries = [race(replace(s, lr=s.lr * factor), pre, splits, minutes / 5)[0] for factor in TRIES]
+    best = min(tries, key=lambda one: one["curve"][-1][1] if math.isfinite(one["curve"][-1][1]) else math.inf)
+    found, flow = race(replace(s, lr=best["lr"]), pre, splits, minutes)
+    return found | {"tries": {f"{one['lr']:g}": one["curve"][-1][1] for one in tries}, "flags": OWN[name]} | (
+        train_mnist.evaluate("test", flow, splits[2]))
+
+
+def gaussian(splits):
+    """One Gaussian of the logits, with the shrunk covariance.   -> {"val_nll", "test_nll", …}"""
+    s = settings.parse(train_mnist.Settings, ["--normalize", "whiten"])
+    pre, _ = train_mnist.build(s, splits[0])
+    flow = EBFlow(pre.layers, pre.shape)
+    return train_mnist.evaluate("val", flow, splits[1][:2000]) | train_mnist.evaluate("test", flow, splits[2])
+
+
+def picture(runs):
+    figure, [axes] = panels(1, 2, 9, 3.6, sharey=True)
+    for one, arch in zip(axes, ("fc", "cnn")):
+        for loss in ("ml", "ssm", "dsm"):
+            if f"{arch} {loss}" in runs:
+                one.plot(*zip(*runs[f"{arch} {loss}"]["curve"]), marker=".", color=plots.COLORS[loss], label=loss)
+        one.axhline(runs["one Gaussian"]["val_nll"], color=plots.GREY, ls="--", label="one Gaussian")
+        one.set(xlabel="minutes on one thread", title=arch.upper())
+    low = min(nll for run in runs.values() for _, nll in run.get("curve", ()))
+    axes[0].set(ylabel="validation NLL (nats)",
+                ylim=(low - 100, 2 * runs["one Gaussian"]["val_nll"] - low + 400))
+    axes[1].legend()
+    return figure
+
+
+def rows(runs):
+    """The table of docs/results.md."""
+    for name, run in runs.items():
+        curve = run.get("curve", [[0, run["val_nll"]]] if "val_nll" in run else [])
+        steps = f"{run['steps']:,} | {run['lr']:g}" if "steps" in run else " | "
+        yield f"| {name} | {steps} | {curve[0][1]:,.0f} | {curve[-1][1]:,.0f} | {run['test_nll']:,.0f} | {run['test_bpd']:.3f} |"
+
+
+def main(argv=None):
+    parser = command_line(__doc__, "--results", passes="train_mnist.py")
+    parser.add_argument("--data", type=Path, required=True, help="directory of CIFAR-10's binary version")
+    parser.add_argument("--minutes", type=float, default=MINUTES, help="time of training of a cell")
+    parser.add_argument("--cells", nargs="+", choices=OWN, default=[*OWN])
+    a, flags = parser.parse_known_args(argv)
+    with one_line_errors(DataError, torch.linalg.LinAlgError):
+        torch.set_num_threads(1)
+        splits = load_images(a.data)
+        jobs = {"one Gaussian": lambda: gaussian(splits)} | {
+            name: lambda name=name: cell(name, a.data, splits, a.minutes, flags) for name in a.cells}
+        runs = completed(a.results / "colour.json", jobs, minutes=a.minutes, flags=flags)
+        plots.save(a.results / "colour.png", picture(runs))
+        print(*rows(runs), sep="\n")
+
+
+if __name__ == "__main__":
+    main()
