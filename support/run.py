@@ -1,6 +1,7 @@
 """The directory of a run, its checkpoint (written whole or not at all), its progress bar, and errors of one line."""
 
 import contextlib
+import copy
 import io
 import json
 import math
@@ -27,14 +28,15 @@ class Run:
 
     s       the settings; those that decide the result, and **data, are the identity that a checkpoint must have
     parts   what is saved beside numbers, and put back with --resume: anything with a state_dict
+    state   what else is saved, as it is at the beginning; {"epoch": -1} comes to it
 
-    `state` is what else was saved, {"epoch": -1} at the beginning, and `metrics` a list of rows. Raises RunError where
-    the directory holds a run that may not be replaced, is damaged, or is of other settings or data.
+    `state` is then what was saved, and `metrics` a list of rows. Raises RunError where the directory holds a run that
+    may not be replaced, is damaged, or is of other settings or data.
     """
 
-    def __init__(self, s, parts, **data):
+    def __init__(self, s, parts, state={}, **data):
         self.directory, self.config, self.parts = s.out, s.config() | data, parts
-        self.state, self.metrics, checkpoint = {"epoch": -1}, [], s.out / "checkpoint.pt"
+        self.state, self.metrics, checkpoint = {"epoch": -1} | state, [], s.out / "checkpoint.pt"
         s.out.mkdir(parents=True, exist_ok=True)
         if first_process():
             try:
@@ -53,7 +55,13 @@ class Run:
                              for k in sorted({*there, *self.config} - free) if there.get(k) != self.config.get(k)]
                 if different:
                     raise RunError(f"{checkpoint} belongs to other settings: " + ", ".join(different))
-                self.state, self.metrics = saved["state"], saved["metrics"]
+                # What is put back must look like what is here. Fused Adam would write past the end of short moments.
+                rows, epoch = saved["metrics"], saved["state"]["epoch"]
+                figures = [[r["epoch"], r["step"], r["seconds"], r["loss"] or 0.0, r["val_nll"] or 0.0] for r in rows]
+                here = self.state | {name: state_dict(part, epoch) for name, part in parts.items()}
+                if form([saved["state"], figures]) != form([here, [[0, 0, 0.0, 0.0, 0.0]] * (epoch + 1)]):
+                    raise ValueError
+                self.state, self.metrics = saved["state"], rows
                 for name, part in parts.items():
                     part.load_state_dict(self.state[name])
         elif first_process() and checkpoint.exists() and not s.overwrite:
@@ -114,6 +122,25 @@ class Run:
             line = f"{name:24}" + " ".join(f"{v:.4f}" if isinstance(v, float) else str(v) for v in values)
             print(f"{line:56}{words.get(name, '')}".rstrip() if words else line)
         print(f"{'written to':24}{self.directory}", flush=True)
+
+
+def form(x):
+    """What a saved value must share with a fresh one: structure, types and shapes; no tensor has nan or inf."""
+    if isinstance(x, dict):
+        return {name: form(value) for name, value in x.items()}
+    if isinstance(x, (list, tuple)):
+        return [form(value) for value in x]
+    return (x.shape, x.dtype, x.isfinite().all().item()) if torch.is_tensor(x) else (type(x), x == x)
+
+
+def state_dict(part, epoch):
+    """The state of a part. After epoch 0 an optimiser's has moments, which its first step makes: that of a copy."""
+    if epoch and isinstance(part, torch.optim.Optimizer):
+        part = copy.deepcopy(part)
+        for p in part.param_groups[0]["params"]:
+            p.grad = torch.zeros_like(p)
+        part.step()
+    return part.state_dict()
 
 
 def first_process():
