@@ -1,8 +1,11 @@
 """The settings of a script: one line for each says default, help, range or choices, and what it belongs to."""
 
 import argparse
+import io
 import math
 import operator
+import os
+import sys
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -37,8 +40,16 @@ class Settings:
                 if f.metadata["decides"] and (not f.metadata["of"] or not chosen.isdisjoint(f.metadata["of"]))}
 
 
+def steady_streams():
+    """Printing ends no run: a character that standard output lacks becomes "?", and a closed stream swallows all."""
+    sys.stdout, sys.stderr = (stream or open(os.devnull, "w", errors="replace") for stream in (sys.stdout, sys.stderr))
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
+
+
 def parse(kind, argv=None):
     """The settings of a run: defaults of `kind`, then its recipe, then the flags. A wrong one exits with one line."""
+    steady_streams()
     parser = argparse.ArgumentParser(usage="%(prog)s [--help] [--SETTING VALUE ...]", add_help=False)
     for f in fields(kind):
         text = f.metadata["help"] + " (default: %(default)s" + "; only " * bool(f.metadata["of"])

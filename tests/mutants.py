@@ -313,6 +313,8 @@ CHANGES = [
     ("support/run.py", "for k in sorted({*there, *self.config} - free)", "for k in sorted({*self.config} - {*there})",
      "scripts without_being_asked"),
     ("support/run.py", "                if different:", "                if False:", "scripts without_being_asked"),
+    ("support/settings.py", '        sys.stdout.reconfigure(errors="replace")', "        pass", "support lacks_characters"),
+    ("support/settings.py", 'stream or open(os.devnull, "w", errors="replace")', "stream", "support lacks_characters"),
     ("support/run.py", "if epoch and isinstance(", "if isinstance(", "scripts killed_after"),
     ("support/run.py", "        part.step()\n", "", "scripts damaged"),
     ("support/run.py", "(x.shape, x.dtype, x.isfinite().all().item())", "(x.dtype, x.isfinite().all().item())",

@@ -210,6 +210,21 @@ def test_a_wrong_flag_is_one_line_with_its_name_after_a_short_one_on_usage(capsy
     assert all(fact in line for fact in facts)
 
 
+@pytest.mark.parametrize("stdout", [None, "ascii", "cp932"])
+def test_a_stream_that_is_closed_or_lacks_characters_ends_no_run(tmp_path, monkeypatch, stdout):
+    monkeypatch.setattr(sys, "stderr", None)
+    monkeypatch.setattr(sys, "stdout", stdout and io.TextIOWrapper(io.BytesIO(), stdout))
+    with pytest.raises(SystemExit) as exit:
+        parse(train_toy.Settings, ["--help"])
+    assert exit.value.code == 0
+    train(a_run(tmp_path), [1.0] * 60)  # behind a bar
+    print("θ̃ ³", flush=True)
+    assert not stdout or b"--xi" in sys.stdout.buffer.getvalue()
+    for stream in (sys.stdout, sys.stderr):
+        print("θ̃ ³", file=stream)
+        stream.close()
+
+
 @pytest.mark.parametrize("script, flags", [(train_mnist, []), (train_mnist, ["--paper", "--arch", "glow"]),
                                            (train_toy, ["--loss", "dsm"]), (train_ebm, ["--sampler", "short"])])
 def test_help_names_every_flag_with_what_it_means_and_the_default_of_its_recipe(capsys, monkeypatch, script, flags):
