@@ -67,9 +67,8 @@ def load_images(path):
         for name in ("train-images-idx3-ubyte", "t10k-images-idx3-ubyte"):
             file = next((file for file in (path / f"{name}.gz", path / name) if file.is_file()), None)
             if file is None:
-                lacks = f"no {name}.gz (nor {name}) in {path}" if path.is_dir() else f"{path} is no directory"
-                raise DataError(f"{lacks}: --data takes a directory of MNIST's or of CIFAR-10's (binary) files, or a "
-                                ".npy file")
+                raise DataError(f"{path} is no directory with {name}.gz or {name}: --data takes a directory of MNIST's "
+                                "or of CIFAR-10's (binary) files, or a .npy file")
             splits.append(read_idx(file)[:, None])
         train, test = splits
     n = len(train) - len(train) // 6

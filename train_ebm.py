@@ -125,8 +125,8 @@ def train(s, device):
             start_from(s, model, fit_flow(s, data, device))
         averaged.load_state_dict(model.state_dict())
         # By default equally many chains start in each mode, which is wrong. The sampler has to correct that.
-        x = data.sample(s.chains, device, **({"equally": s.start == "equal"} if truth.modes else {}))
-        chains = x.repeat(len(T), 1, 1)
+        equally = {"equally": s.start == "equal"} if truth.modes else {}
+        chains = data.sample(s.chains, device, **equally).repeat(len(T), 1, 1)
 
     for epoch in range(run.state["epoch"] + 1, s.epochs + 1):          # epoch 0 shows what the start alone is worth
         if epoch:

@@ -82,6 +82,8 @@ def train(s, device, rank=0, size=1):
     steps = len(train_set) // s.batch_size
     if steps == 0 or s.batch_size % size:
         raise RunError(f"{size} processes cannot share --batch-size {s.batch_size} of {len(train_set)} training images")
+    if s.actnorm == "moments" and s.batch_size == size:
+        raise RunError("--actnorm moments takes the variance of a batch: it needs a larger --batch-size")
 
     torch.manual_seed(s.seed)
     pre, flow = build(s, splits[0])                                    # x -> z by the pre-processing, z -> u

@@ -1,7 +1,6 @@
 """The directory of a run, its checkpoint (written whole or not at all), its progress bar, and errors of one line."""
 
 import contextlib
-import copy
 import io
 import json
 import math
@@ -55,13 +54,17 @@ class Run:
                              for k in sorted({*there, *self.config} - free) if there.get(k) != self.config.get(k)]
                 if different:
                     raise RunError(f"{checkpoint} belongs to other settings: " + ", ".join(different))
-                # What is put back must look like what is here. Fused Adam would write past the end of short moments.
-                rows, epoch = saved["metrics"], saved["state"]["epoch"]
-                figures = [[r["epoch"], r["step"], r["seconds"], r["loss"] or 0.0, r["val_nll"] or 0.0] for r in rows]
-                here = self.state | {name: state_dict(part, epoch) for name, part in parts.items()}
-                if form([saved["state"], figures]) != form([here, [[0, 0, 0.0, 0.0, 0.0]] * (epoch + 1)]):
+                here, self.state, self.metrics = self.state, saved["state"], saved["metrics"]
+                for optimizer in [part for part in parts.values() if self.state["epoch"] and hasattr(part, "step")]:
+                    for p in optimizer.param_groups[0]["params"]:
+                        p.grad = torch.zeros_like(p)
+                    optimizer.step()  # its moments come with its first step
+                # What is put back must look like what is here: fused Adam would write past the end of short moments.
+                here |= {name: part.state_dict() for name, part in parts.items()}
+                rows = [[r["epoch"], r["step"], r["seconds"], r["loss"] or 0.0, r["val_nll"] or 0.0]
+                        for r in self.metrics]
+                if form([self.state, rows]) != form([here, [[0, 0, 0.0, 0.0, 0.0]] * (self.state["epoch"] + 1)]):
                     raise ValueError
-                self.state, self.metrics = saved["state"], rows
                 for name, part in parts.items():
                     part.load_state_dict(self.state[name])
         elif first_process() and checkpoint.exists() and not s.overwrite:
@@ -115,6 +118,8 @@ class Run:
     def finish(self, figures, words=None):
         """Adds the final figures to the last row of the metrics, and prints them, or those that have `words`."""
         self.metrics[-1] |= figures
+        if (figures.get("test_nll") or -math.inf) > (self.metrics[0]["val_nll"] or math.inf):
+            print(f"warning: the NLL {figures['test_nll']:.6g} exceeds that before training: {REMEDY}", file=sys.stderr)
         write(self.directory / "metrics.jsonl", ("\n".join(map(json.dumps, self.metrics)) + "\n").encode())
         shown = {name: figures[name] for name in words or figures if name in figures}
         for name, value in (shown | {"minutes": self.metrics[-1]["seconds"] / 60}).items():
@@ -126,21 +131,8 @@ class Run:
 
 def form(x):
     """What a saved value must share with a fresh one: structure, types and shapes; no tensor has nan or inf."""
-    if isinstance(x, dict):
-        return {name: form(value) for name, value in x.items()}
-    if isinstance(x, (list, tuple)):
-        return [form(value) for value in x]
-    return (x.shape, x.dtype, x.isfinite().all().item()) if torch.is_tensor(x) else (type(x), x == x)
-
-
-def state_dict(part, epoch):
-    """The state of a part. After epoch 0 an optimiser's has moments, which its first step makes: that of a copy."""
-    if epoch and isinstance(part, torch.optim.Optimizer):
-        part = copy.deepcopy(part)
-        for p in part.param_groups[0]["params"]:
-            p.grad = torch.zeros_like(p)
-        part.step()
-    return part.state_dict()
+    return torch.utils._pytree.tree_map(lambda t: (t.shape, t.dtype, bool(t.isfinite().all())) if torch.is_tensor(t)
+                                        else (type(t), t == t), x)
 
 
 def first_process():
@@ -180,6 +172,13 @@ def read_checkpoint(path):
         if archive.testzip() is not None:  # checksums, which torch.load does not look at
             raise zipfile.BadZipFile
         return torch.load(path, map_location="cpu", weights_only=True)  # data only, never code
+
+
+def steady_streams():
+    """Printing ends no run: a character that standard output lacks becomes "?", and a closed stream swallows all."""
+    sys.stdout, sys.stderr = (stream or open(os.devnull, "w", errors="replace") for stream in (sys.stdout, sys.stderr))
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
 
 
 @contextlib.contextmanager

@@ -1,13 +1,12 @@
 """The settings of a script: one line for each says default, help, range or choices, and what it belongs to."""
 
 import argparse
-import io
 import math
 import operator
-import os
-import sys
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+
+from support.run import steady_streams
 
 LIMITS = {"above": (operator.gt, "above"), "least": (operator.ge, "at least"),
           "below": (operator.lt, "below"), "most": (operator.le, "at most")}
@@ -38,13 +37,6 @@ class Settings:
         chosen = {vars(self).get(name) for name in ("arch", "loss", "schedule", "data", "sampler")}
         return {f.name: vars(self)[f.name] for f in fields(self)
                 if f.metadata["decides"] and (not f.metadata["of"] or not chosen.isdisjoint(f.metadata["of"]))}
-
-
-def steady_streams():
-    """Printing ends no run: a character that standard output lacks becomes "?", and a closed stream swallows all."""
-    sys.stdout, sys.stderr = (stream or open(os.devnull, "w", errors="replace") for stream in (sys.stdout, sys.stderr))
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")
 
 
 def parse(kind, argv=None):

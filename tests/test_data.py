@@ -101,7 +101,7 @@ GREY = np.zeros((300, 4, 4), np.uint8)
 ZIPPED, SAVED = gzip.compress(idx(GREY)), npy(GREY)
 BAD = [  # a file in place of one of a good data set: its name, its bytes (None: no file), a fact of the message
     *(("train-images-idx3-ubyte.gz", data, fact) for data, fact in [
-        (None, "no train-images-idx3-ubyte.gz"), (ZIPPED[:len(ZIPPED) // 2], "train-images"),
+        (None, "no directory with train-images-idx3-ubyte.gz"), (ZIPPED[:len(ZIPPED) // 2], "train-images"),
         (b"<html>404</html>", "train-images"), (ZIPPED[:50] + bytes([ZIPPED[50] ^ 1]) + ZIPPED[51:], "train-images"),
         *((gzip.compress(data), fact) for data, fact in [
             (b"\0\0\x0d\x03" + bytes(12), "train-images.* not an IDX file"), (b"\0\0\x08", "not an IDX file"),

@@ -427,6 +427,7 @@ def test_a_run_that_diverges_names_epoch_and_step_and_keeps_the_last_good_checkp
     ("fc dsm", ["--sigma", "-1"], ["--sigma"]), ("fc dsm", ["--bend", "nan", "--arch", "glow"], ["--bend", "glow"]),
     ("fc dsm", ["--paper", "--decay", "1.5"], ["--decay", "1"]), ("glow ml", ["--floor", "1"], ["--floor"]),
     ("fc fdssm", ["--xi", "0"], ["--xi"]), ("fc sml", ["--model-samples", "0"], ["--model-samples"]),
+    ("fc dsm", ["--batch-size", "1"], ["--batch-size", "--actnorm"]),
     ("fc dsm", ["--batch-size", "1000"], ["--batch-size", "1000", "250"]),
     ("fc dsm", ["--data", "/nowhere"], ["/nowhere"]), ("fc dsm", ["--data", __file__], [__file__]),
     ("sine ml", ["--xi", "1"], ["--xi", "toy-sine-ml"]), ("sine ml", ["--data", "spiral"], ["--data", "swirl"]),
