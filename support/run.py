@@ -48,23 +48,22 @@ class Run:
         if s.resume:
             with intact(checkpoint):
                 saved = read_checkpoint(checkpoint)
-                there = saved["config"]
+                there, state, rows = saved["config"], saved["state"], saved["metrics"]
                 free = {"epochs"} if there.get("schedule") == "steps" else set()  # which does not look at their number
                 different = [f"{k} is {there.get(k)} there and {self.config.get(k)} here"
                              for k in sorted({*there, *self.config} - free) if there.get(k) != self.config.get(k)]
                 if different:
                     raise RunError(f"{checkpoint} belongs to other settings: " + ", ".join(different))
-                here, self.state, self.metrics = self.state, saved["state"], saved["metrics"]
-                for optimizer in [part for part in parts.values() if self.state["epoch"] and hasattr(part, "step")]:
+                for optimizer in [part for part in parts.values() if state["epoch"] and hasattr(part, "step")]:
                     for p in optimizer.param_groups[0]["params"]:
                         p.grad = torch.zeros_like(p)
                     optimizer.step()  # its moments come with its first step
                 # What is put back must look like what is here: fused Adam would write past the end of short moments.
-                here |= {name: part.state_dict() for name, part in parts.items()}
-                rows = [[r["epoch"], r["step"], r["seconds"], r["loss"] or 0.0, r["val_nll"] or 0.0]
-                        for r in self.metrics]
-                if form([self.state, rows]) != form([here, [[0, 0, 0.0, 0.0, 0.0]] * (self.state["epoch"] + 1)]):
+                here = self.state | {name: part.state_dict() for name, part in parts.items()}
+                figures = [[r["epoch"], r["step"], r["seconds"], r["loss"] or 0.0, r["val_nll"] or 0.0] for r in rows]
+                if form([state, figures]) != form([here, [[0, 0, 0.0, 0.0, 0.0]] * (state["epoch"] + 1)]):
                     raise ValueError
+                self.state, self.metrics = state, rows
                 for name, part in parts.items():
                     part.load_state_dict(self.state[name])
         elif first_process() and checkpoint.exists() and not s.overwrite:
@@ -118,8 +117,9 @@ class Run:
     def finish(self, figures, words=None):
         """Adds the final figures to the last row of the metrics, and prints them, or those that have `words`."""
         self.metrics[-1] |= figures
-        if (figures.get("test_nll") or -math.inf) > (self.metrics[0]["val_nll"] or math.inf):
-            print(f"warning: the NLL {figures['test_nll']:.6g} exceeds that before training: {REMEDY}", file=sys.stderr)
+        start, end = (self.metrics[i]["val_nll"] for i in (0, -1))
+        if (end or -math.inf) > (start or math.inf):
+            print(f"warning: the validation NLL rose from {start:.6g} to {end:.6g}: {REMEDY}", file=sys.stderr)
         write(self.directory / "metrics.jsonl", ("\n".join(map(json.dumps, self.metrics)) + "\n").encode())
         shown = {name: figures[name] for name in words or figures if name in figures}
         for name, value in (shown | {"minutes": self.metrics[-1]["seconds"] / 60}).items():

@@ -141,8 +141,8 @@ def test_a_run_prints_its_settings_and_the_figures_of_an_epoch_and_of_the_end(tm
 def test_a_run_that_ends_worse_than_it_began_says_so(tmp_path, capsys, start, end):
     one = a_run(tmp_path)
     one.save({"epoch": 0, "val_nll": start}, {"epoch": 0})
-    one.save({"epoch": 1, "val_nll": 0.5}, {"epoch": 1})
-    one.finish({"test_nll": end})
+    one.save({"epoch": 1, "val_nll": end}, {"epoch": 1})
+    one.finish({"test_nll": 5.0})
     printed = capsys.readouterr().err
     assert f"{end:.6g}" in printed and "--lr" in printed if start == 1.0 and end else not printed
 
