@@ -79,7 +79,7 @@ CHANGES = [
     ("layers.py", "-self.std.double().log().expand(shape).sum()", "-self.std.double().log().sum()", "gradients nll"),
     ("layers.py", "if not ((self.std > 0) & (self.std < torch.inf)).all():",
      "if not ((self.std > 0) & (self.std < torch.inf)).any():", "layers refused"),
-    ("layers.py", " & (self.std < torch.inf)", "", "wrong_uses raises_or"),
+    ("layers.py", " & (self.std < torch.inf)", "", "layers refused"),
     ("layers.py", "if not 0.01 <= alpha < 1:", "if not alpha < 1:", "layers refused"),
     ("layers.py", "p.expand(x.shape[1]).view(", "p.view(", "wrong_uses raises_or"),
     ("layers.py", "self.slope, self.rise = alpha + residual, 1 - alpha", "self.slope, self.rise = alpha, 1 - alpha",
