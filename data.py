@@ -18,6 +18,13 @@ class DataError(ValueError):
     """A data file is missing or not what it should be. The message names the file and says what was expected."""
 
 
+def regular(path):
+    """The path of a regular file. Who reads a named pipe waits for ever for somebody who writes."""
+    if not Path(path).is_file():
+        raise OSError("no regular file is there")
+    return path
+
+
 def read_idx(path):
     """The array in an IDX file of unsigned bytes, gzipped or not.   -> uint8 (n, …)
 
@@ -33,8 +40,8 @@ def read_idx(path):
     shape = np.frombuffer(raw[4:header], ">u4").tolist() if len(raw) >= header else []
     if not 0 < axes < 5 or len(shape) != axes:
         raise DataError(f"{path} is not an IDX file of unsigned bytes")
-    if len(raw) != header + math.prod(shape):
-        raise DataError(f"{path} holds {len(raw) - header} bytes of data, its header promises {math.prod(shape)}")
+    if 0 in shape or len(raw) != header + math.prod(shape):
+        raise DataError(f"{path} holds {len(raw) - header} bytes of data, its header promises {shape}")
     return torch.from_numpy(np.frombuffer(raw, np.uint8, offset=header).reshape(shape).copy())
 
 
@@ -61,8 +68,8 @@ def load_images(path):
         for name in ("train-images-idx3-ubyte", "t10k-images-idx3-ubyte"):
             file = next((file for file in (path / f"{name}.gz", path / name) if file.is_file()), None)
             if file is None:
-                raise DataError(f"no {name}.gz (nor {name}) in {path}: --data takes a directory of MNIST's or of "
-                                "CIFAR-10's (binary) files, or a .npy file")
+                raise DataError(f"{path} is no directory with {name}.gz or {name}: --data takes a directory of MNIST's "
+                                "or of CIFAR-10's (binary) files, or a .npy file")
             splits.append(read_idx(file)[:, None])
         train, test = splits
     n = len(train) - len(train) // (5 if train.shape[1:] == (3, 32, 32) else 6)
@@ -83,7 +90,7 @@ def read_cifar(path):
     -> uint8 (n, 3, 32, 32). Source: the home page of CIFAR-10 (Krizhevsky).
     """
     try:
-        raw = np.fromfile(path, np.uint8)
+        raw = np.fromfile(regular(path), np.uint8)
     except OSError as error:
         raise DataError(f"cannot read {path}: {error}; CIFAR-10 has data_batch_1 … 5.bin and test_batch.bin") from None
     if len(raw) == 0 or len(raw) % 3073:
@@ -105,7 +112,7 @@ def read_npy(path):
 def read_array(path):
     """The one array in a NumPy file, loaded without executing code."""
     try:
-        with open(path, "rb") as file:
+        with open(regular(path), "rb") as file:
             return np.lib.format.read_array(file, allow_pickle=False)
     except Exception as error:  # numpy raises many kinds for a damaged file
         raise DataError(f"cannot read {path}: {error}; it must be one array of numbers") from None
@@ -231,7 +238,7 @@ def read_points(path):
             raise DataError(f"{path} holds {rows.dtype} of the shape {rows.shape}, not numbers (n, D)")
         return rows.astype(np.float64)
     try:
-        lines = Path(path).read_text("utf-8-sig").strip().splitlines() or ["nan"]
+        lines = Path(regular(path)).read_text("utf-8-sig").strip().splitlines() or ["nan"]
         rows = np.genfromtxt(lines, delimiter=",", ndmin=2)
     except (OSError, ValueError) as error:  # no file, no text, rows of different lengths
         raise DataError(f"cannot read {path}: {error}") from None

@@ -237,7 +237,7 @@ class Squeeze(LinearLayer):
 class Standardize(LinearLayer):
     """y = (x - mean) / std with constants: numbers, or tensors that broadcast to the event.
 
-    log|det J| = -Σ log std over the event, O(D).   x (B, …) -> y (B, …).   Raises ValueError unless std > 0.
+    log|det J| = -Σ log std over the event, O(D).   x (B, …) -> y (B, …).   Raises ValueError unless 0 < std < ∞.
     """
 
     cost = "O(D)"
@@ -246,8 +246,8 @@ class Standardize(LinearLayer):
         super().__init__()
         self.register_buffer("std", torch.as_tensor(std, dtype=torch.get_default_dtype()))
         self.register_buffer("mean", torch.as_tensor(mean, dtype=torch.get_default_dtype()))
-        if not (self.std > 0).all():
-            raise ValueError("std must be positive")
+        if not ((self.std > 0) & (self.std < torch.inf)).all():
+            raise ValueError("std must be positive and finite")
 
     def output_shape(self, shape):
         self.mean.expand(shape), self.std.expand(shape)  # raises where they would broadcast with the batch

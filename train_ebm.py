@@ -116,17 +116,17 @@ def train(s, device):
     flow_optimizer = torch.optim.Adam(trainable(model.flow), fused=True) if model.flow else None  # α
 
     parts = {"model": model, "averaged": averaged, "optimizer": optimizer, "flow_optimizer": flow_optimizer}
-    run = Run(s, {name: part for name, part in parts.items() if part})
+    T = ladder(s, device)
+    state = {"chains": torch.zeros(len(T), s.chains, s.dim), "step_size": s.step_size * T}  # (T, B, D), (T,)
+    run = Run(s, {name: part for name, part in parts.items() if part}, state)
+    chains, step_size = (run.state[name].to(device) for name in state)
     if run.state["epoch"] < 0:
         if "flow" in (s.sampler, s.base):
             start_from(s, model, fit_flow(s, data, device))
         averaged.load_state_dict(model.state_dict())
         # By default equally many chains start in each mode, which is wrong. The sampler has to correct that.
-        chains = data.sample(s.chains, device, **({"equally": s.start == "equal"} if truth.modes else {}))
-        T = ladder(s, device)
-        chains, step_size = chains.repeat(len(T), 1, 1), s.step_size * T           # (T, B, D), (T,)
-    else:
-        chains, step_size = run.state["chains"].to(device), run.state["step_size"].to(device)
+        equally = {"equally": s.start == "equal"} if truth.modes else {}
+        chains = data.sample(s.chains, device, **equally).repeat(len(T), 1, 1)
 
     for epoch in range(run.state["epoch"] + 1, s.epochs + 1):          # epoch 0 shows what the start alone is worth
         if epoch:

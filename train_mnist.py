@@ -88,6 +88,8 @@ def train(s, device, rank=0, size=1):
     steps = len(train_set) // s.batch_size
     if steps == 0 or s.batch_size % size:
         raise RunError(f"{size} processes cannot share --batch-size {s.batch_size} of {len(train_set)} training images")
+    if s.actnorm == "moments" and s.batch_size == size:
+        raise RunError("--actnorm moments takes the variance of a batch: it needs a larger --batch-size")
 
     torch.manual_seed(s.seed)
     pre, flow = build(s, splits[0])                                    # x -> z by the pre-processing, z -> u
@@ -96,9 +98,10 @@ def train(s, device, rank=0, size=1):
     averaged = copy.deepcopy(model, dict(constants))                   # θ̃ of EMA
     step, optimizer = make_step(s, pre, flow, model, averaged)
     parts = {"model": model, "averaged": averaged, "optimizer": optimizer}
-    run = Run(s, parts, images=[*splits[0].shape], sha256=digest(splits), processes=size)
+    best = {"epoch": 0, "val_nll": math.inf, "model": averaged.state_dict()}
+    run = Run(s, parts, {"best": best}, images=[*splits[0].shape], sha256=digest(splits), processes=size)
     print(model, flush=True)
-    best = run.state.get("best", {"epoch": 0, "val_nll": math.inf, "model": {}})
+    best = run.state["best"]
     for epoch in range(run.state["epoch"] + 1, s.epochs + 1 + (s.sml_steps > 0)):  # 0 shows what the start is worth
         torch.manual_seed(1_000_003 * s.seed + epoch + (rank << 24))   # a resumed run has no generator to restore
         order = processes.agreed(torch.randperm(len(train_set), device=device))

@@ -83,8 +83,9 @@ def train(s, device):
     model = EBFlow([*pre.layers, *flow.layers], flow.shape)            # of x; pre and flow are its parts
     averaged = copy.deepcopy(model)                                    # θ̃ of EMA
     step, optimizer = make_step(s, flow, averaged)
-    run = Run(s, {"model": model, "averaged": averaged, "optimizer": optimizer}, **identity)
-    best = run.state.get("best", {"epoch": 0, "val_nll": math.inf, "model": {}})
+    best = {"epoch": 0, "val_nll": math.inf, "model": averaged.state_dict()}
+    run = Run(s, {"model": model, "averaged": averaged, "optimizer": optimizer}, {"best": best}, **identity)
+    best = run.state["best"]
     for epoch in range(run.state["epoch"] + 1, s.epochs + 1 + (s.sml_steps > 0)):  # 0 shows what the start is worth
         torch.manual_seed(1_000_003 * s.seed + epoch)                  # a resumed run has no generator to restore
         phase, before = s, {}

@@ -11,7 +11,7 @@ import torch
 from matplotlib.figure import Figure
 
 from support import settings
-from support.run import RunError, write
+from support.run import RunError, steady_streams, write
 
 
 def folder(text):
@@ -30,6 +30,7 @@ FLAGS = {"--results": dict(type=folder, default="results"), "--runs": dict(type=
 
 def command_line(doc, *flags, passes=None):
     """The parser of an experiment with this docstring, with those of FLAGS. Other flags it `passes` to a script."""
+    steady_streams()
     parser = argparse.ArgumentParser(description=doc.splitlines()[0], allow_abbrev=False,
                                      epilog=passes and f"Other flags go to {passes}.")
     for flag in flags:

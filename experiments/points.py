@@ -19,7 +19,7 @@ import torch
 import train_toy
 from data import MNIST, Points, load_images
 from densities import Mixture
-from experiments import command_line, completed, trained
+from experiments import command_line, completed, passed_on, trained
 from support.optimization import cosine
 from support.run import one_line_errors
 
@@ -88,6 +88,8 @@ def measured(name, runs, seed, flags):
 def main(argv=None):
     a, flags = command_line(__doc__, "--seeds", "--runs", "--results", passes="train_toy.py").parse_known_args(argv)
     with one_line_errors():
+        for loss in ("ml", "dsm"):  # before the other flow is trained
+            passed_on(train_toy.Settings, ["--data", "points.npy", "--loss", loss], flags)
         jobs = {f"{name}, seed {seed}": lambda name=name, seed=seed: measured(name, a.runs, seed, flags)
                 for seed in range(a.seeds) for name in FILES}
         print("\n".join(rows(completed(a.results / "points.json", jobs, flags=flags))))

@@ -170,7 +170,7 @@ def ebm(model, truth, chains, log_z):
         plane = torch.linalg.svd(means - means.mean(0)).Vh[:2].T  # (D, 2), where the means differ most
         limit = 1.02 * (x @ plane).abs().max().item()
     for title, (draws, w) in points.items():
-        axes[title].hist2d(*(draws @ plane).T.cpu().numpy(), bins=100, range=[(-limit, limit)] * 2, density=True,
+        axes[title].hist2d(*(draws @ plane).T.cpu().numpy(), bins=100, range=[(-limit, limit)] * 2,
                            weights=None if w is None else w.cpu().numpy())
     for title, one in axes.items():
         one.set(title=title, xticks=[], yticks=[], aspect="equal")

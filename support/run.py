@@ -27,14 +27,15 @@ class Run:
 
     s       the settings; those that decide the result, and **data, are the identity that a checkpoint must have
     parts   what is saved beside numbers, and put back with --resume: anything with a state_dict
+    state   what else is saved, as it is at the beginning; {"epoch": -1} comes to it
 
-    `state` is what else was saved, {"epoch": -1} at the beginning, and `metrics` a list of rows. Raises RunError where
-    the directory holds a run that may not be replaced, is damaged, or is of other settings or data.
+    `state` is then what was saved, and `metrics` a list of rows. Raises RunError where the directory holds a run that
+    may not be replaced, is damaged, or is of other settings or data.
     """
 
-    def __init__(self, s, parts, **data):
+    def __init__(self, s, parts, state={}, **data):
         self.directory, self.config, self.parts = s.out, s.config() | data, parts
-        self.state, self.metrics, checkpoint = {"epoch": -1}, [], s.out / "checkpoint.pt"
+        self.state, self.metrics, checkpoint = {"epoch": -1} | state, [], s.out / "checkpoint.pt"
         s.out.mkdir(parents=True, exist_ok=True)
         if first_process():
             try:
@@ -47,13 +48,22 @@ class Run:
         if s.resume:
             with intact(checkpoint):
                 saved = read_checkpoint(checkpoint)
-                there = saved["config"]
+                there, state, rows = saved["config"], saved["state"], saved["metrics"]
                 free = {"epochs"} if there.get("schedule") == "steps" else set()  # which does not look at their number
                 different = [f"{k} is {there.get(k)} there and {self.config.get(k)} here"
                              for k in sorted({*there, *self.config} - free) if there.get(k) != self.config.get(k)]
                 if different:
                     raise RunError(f"{checkpoint} belongs to other settings: " + ", ".join(different))
-                self.state, self.metrics = saved["state"], saved["metrics"]
+                for optimizer in [part for part in parts.values() if state["epoch"] and hasattr(part, "step")]:
+                    for p in optimizer.param_groups[0]["params"]:
+                        p.grad = torch.zeros_like(p)
+                    optimizer.step()  # its moments come with its first step
+                # What is put back must look like what is here: fused Adam would write past the end of short moments.
+                here = self.state | {name: part.state_dict() for name, part in parts.items()}
+                figures = [[r["epoch"], r["step"], r["seconds"], r["loss"] or 0.0, r["val_nll"] or 0.0] for r in rows]
+                if form([state, figures]) != form([here, [[0, 0, 0.0, 0.0, 0.0]] * (state["epoch"] + 1)]):
+                    raise ValueError
+                self.state, self.metrics = state, rows
                 for name, part in parts.items():
                     part.load_state_dict(self.state[name])
         elif first_process() and checkpoint.exists() and not s.overwrite:
@@ -107,6 +117,9 @@ class Run:
     def finish(self, figures, words=None):
         """Adds the final figures to the last row of the metrics, and prints them, or those that have `words`."""
         self.metrics[-1] |= figures
+        start, end = (self.metrics[i]["val_nll"] for i in (0, -1))
+        if (end or -math.inf) > (start or math.inf):
+            print(f"warning: the validation NLL rose from {start:.6g} to {end:.6g}: {REMEDY}", file=sys.stderr)
         write(self.directory / "metrics.jsonl", ("\n".join(map(json.dumps, self.metrics)) + "\n").encode())
         shown = {name: figures[name] for name in words or figures if name in figures}
         for name, value in (shown | {"minutes": self.metrics[-1]["seconds"] / 60}).items():
@@ -114,6 +127,12 @@ class Run:
             line = f"{name:24}" + " ".join(f"{v:.4f}" if isinstance(v, float) else str(v) for v in values)
             print(f"{line:56}{words.get(name, '')}".rstrip() if words else line)
         print(f"{'written to':24}{self.directory}", flush=True)
+
+
+def form(x):
+    """What a saved value must share with a fresh one: structure, types and shapes; no tensor has nan or inf."""
+    return torch.utils._pytree.tree_map(lambda t: (t.shape, t.dtype, bool(t.isfinite().all())) if torch.is_tensor(t)
+                                        else (type(t), t == t), x)
 
 
 def first_process():
@@ -153,6 +172,13 @@ def read_checkpoint(path):
         if archive.testzip() is not None:  # checksums, which torch.load does not look at
             raise zipfile.BadZipFile
         return torch.load(path, map_location="cpu", weights_only=True)  # data only, never code
+
+
+def steady_streams():
+    """Printing ends no run: a character that standard output lacks becomes "?", and a closed stream swallows all."""
+    sys.stdout, sys.stderr = (stream or open(os.devnull, "w", errors="replace") for stream in (sys.stdout, sys.stderr))
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
 
 
 @contextlib.contextmanager

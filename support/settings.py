@@ -6,6 +6,8 @@ import operator
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
+from support.run import steady_streams
+
 LIMITS = {"above": (operator.gt, "above"), "least": (operator.ge, "at least"),
           "below": (operator.lt, "below"), "most": (operator.le, "at most")}
 
@@ -39,6 +41,7 @@ class Settings:
 
 def parse(kind, argv=None):
     """The settings of a run: defaults of `kind`, then its recipe, then the flags. A wrong one exits with one line."""
+    steady_streams()
     parser = argparse.ArgumentParser(usage="%(prog)s [--help] [--SETTING VALUE ...]", add_help=False)
     for f in fields(kind):
         text = f.metadata["help"] + " (default: %(default)s" + "; only " * bool(f.metadata["of"])

@@ -3,6 +3,8 @@
 import gzip
 import hashlib
 import io
+import os
+import signal
 import struct
 
 import numpy as np
@@ -99,15 +101,16 @@ GREY = np.zeros((300, 4, 4), np.uint8)
 ZIPPED, SAVED = gzip.compress(idx(GREY)), npy(GREY)
 BAD = [  # a file in place of one of a good data set: its name, its bytes (None: no file), a fact of the message
     *(("train-images-idx3-ubyte.gz", data, fact) for data, fact in [
-        (None, "no train-images-idx3-ubyte.gz"), (ZIPPED[:len(ZIPPED) // 2], "train-images"),
+        (None, "no directory with train-images-idx3-ubyte.gz"), (ZIPPED[:len(ZIPPED) // 2], "train-images"),
         (b"<html>404</html>", "train-images"), (ZIPPED[:50] + bytes([ZIPPED[50] ^ 1]) + ZIPPED[51:], "train-images"),
         *((gzip.compress(data), fact) for data, fact in [
             (b"\0\0\x0d\x03" + bytes(12), "train-images.* not an IDX file"), (b"\0\0\x08", "not an IDX file"),
             (b"\0\0\x08" + bytes([70]) + 70 * b"\0\0\0\x01" + b"\0", "not an IDX file"),
-            (idx(GREY)[:-1], "4799 bytes .* 4800"), (idx(GREY[:, 0, 0]), r"\(300, 1\)"),
-            (idx(GREY[:, :0]), r"1, 0, 4\)"),
+            (idx(GREY)[:-1], r"4799 bytes .*\[300, 4, 4\]"), (idx(GREY[:, 0, 0]), r"\(300, 1\)"),
+            (idx(GREY[:, :0]), r"\[300, 0, 4\]"),
+            (struct.pack(">HBB4I", 0, 8, 4, 0, *3 * [2**32 - 1]), r"\[0, 4294967295, 4294967295, 4294967295\]"),
             (idx(GREY[:, :3]), r"1, 3, 4\).* 1, 4, 4\)"), (idx(GREY[:5]), r"\(5, 1, 4, 4\)")])]),
-    ("t10k-images-idx3-ubyte.gz", gzip.compress(idx(GREY[:0])), r"\(0, 1, 4, 4\)"),
+    ("t10k-images-idx3-ubyte.gz", gzip.compress(idx(GREY[:0])), r"t10k.*\[0, 4, 4\]"),
     ("data_batch_3.bin", None, "data_batch_3.bin"), ("data_batch_3.bin", b"", "data_batch_3.bin holds 0 bytes"),
     ("data_batch_3.bin", bytes(36_875), "data_batch_3.bin holds 36875 bytes"),
     *(("images.npy", data, fact) for data, fact in [
@@ -127,6 +130,25 @@ def test_a_bad_file_is_refused_by_its_name_or_with_what_is_wrong(tmp_path, name,
         path.write_bytes(data)
     with pytest.raises(DataError, match=fact):
         load_images(path if name == "images.npy" else tmp_path)
+
+
+@pytest.mark.parametrize("name", ["images.npy", "data_batch_3.bin", "train-images-idx3-ubyte.gz", "points.csv"])
+def test_a_named_pipe_is_refused_at_once(tmp_path, name):
+    small_cifar(tmp_path) if name.endswith(".bin") else None
+    (tmp_path / name).unlink(missing_ok=True)
+    os.mkfifo(tmp_path / name)
+    before = signal.signal(signal.SIGALRM, lambda *_: pytest.fail("it waits"))
+    signal.alarm(5)
+    with pytest.raises(DataError, match=name):
+        Points(tmp_path / name, 0) if name == "points.csv" else load_images(
+            tmp_path / name if name == "images.npy" else tmp_path)
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+def test_a_directory_that_is_missing_is_said_to_be(tmp_path):
+    with pytest.raises(DataError, match="nowhere is no directory"):
+        load_images(tmp_path / "nowhere")
 
 
 def test_arrays_that_are_not_of_images_are_refused_with_their_shapes(tmp_path):

@@ -1,9 +1,13 @@
 """The experiments: tables hold what the runs measured, operations are counted by formulas, and each script runs."""
 
+import importlib
 import json
 import math
+import os
 import re
 import shutil
+import subprocess
+import sys
 from itertools import product
 from pathlib import Path
 
@@ -56,6 +60,22 @@ def test_a_flag_that_the_experiment_sets_itself_is_refused_and_others_are_passed
         with pytest.raises(SystemExit):
             passed_on(train_mnist.Settings, own, flags)
     refused(tables.main, "--results", "/dev/null/a")  # before the work
+
+
+@pytest.mark.parametrize("name", [path.stem for path in sorted(Path(idea.__file__).parent.glob("[a-z]*.py"))])
+def test_every_experiment_has_a_command_which_refuses_an_unknown_flag_by_its_name_before_all_else(tmp_path, capsys,
+                                                                                                 monkeypatch, name):
+    monkeypatch.setattr(torch.nn.Module, "__init__", None)  # no flow is made
+    for results in (tmp_path, RESULTS):  # no file to compare the flags with, and one
+        refused(importlib.import_module(f"experiments.{name}").main, "--bogus", "--results", str(results))
+        assert "--bogus" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_the_list_of_experiments_needs_no_utf_8():
+    env = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    command = [sys.executable, Path(idea.__file__).with_name("__main__.py")]
+    lines = subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert "idea" in [line.split()[0] for line in lines]
 
 
 def test_what_is_not_recorded_is_run_and_written_at_once_and_results_of_another_run_are_refused(tmp_path):

@@ -76,7 +76,7 @@ def test_a_coupling_scales_by_its_formula_and_a_floor_bounds_what_its_inverse_st
     *(lambda alpha=alpha: SmoothLeakyReLU(alpha) for alpha in (0.0, 0.005, 1.0, math.nan)),
     *(lambda floor=floor: AffineCoupling(None, floor=floor) for floor in (1.0, 1e-9, -0.1, math.nan)),
     lambda: AffineCoupling(None, floor=0.5, tanh=True), lambda: Convolution(1, 4),
-    *(lambda std=std: layers.Standardize(std) for std in (0.0, -1.0, math.nan, torch.eye(2))),
+    *(lambda std=std: layers.Standardize(std) for std in (0.0, -1.0, math.nan, math.inf, torch.eye(2))),
     *(lambda shape=shape: EBFlow([Squeeze()], shape) for shape in ((1, 4, 3), (1, 3, 4), (4, 4), (1, 1, 4, 4))),
     lambda: cnn_flow((1, 6, 6)), lambda: glow_flow((1, 6, 6), width=2, depth=1)])
 def test_a_setting_or_a_shape_that_cannot_be_is_refused_when_the_layer_is_made(make):

@@ -430,6 +430,7 @@ def test_a_run_that_diverges_names_epoch_and_step_and_keeps_the_last_good_checkp
     ("fc dsm", ["--sigma", "-1"], ["--sigma"]), ("fc dsm", ["--bend", "nan", "--arch", "glow"], ["--bend", "glow"]),
     ("fc dsm", ["--paper", "--decay", "1.5"], ["--decay", "1"]), ("glow ml", ["--floor", "1"], ["--floor"]),
     ("fc fdssm", ["--xi", "0"], ["--xi"]), ("fc sml", ["--model-samples", "0"], ["--model-samples"]),
+    ("fc dsm", ["--batch-size", "1"], ["--batch-size", "--actnorm"]),
     ("fc dsm", ["--batch-size", "1000"], ["--batch-size", "1000", "250"]),
     ("fc dsm", ["--data", "/nowhere"], ["/nowhere"]), ("fc dsm", ["--data", __file__], [__file__]),
     ("sine ml", ["--xi", "1"], ["--xi", "toy-sine-ml"]), ("sine ml", ["--data", "spiral"], ["--data", "swirl"]),
@@ -503,15 +504,33 @@ def resaved(change):
 
 DAMAGES = {"cut": lambda content: content[:-100], "empty": lambda _: b"", "text": lambda _: b"no checkpoint",
            "byte": one_byte_changed, "code": resaved(lambda saved: saved.update(more=Code())),
-           "part missing": resaved(lambda saved: saved["state"].pop("averaged")),
-           "other part": resaved(lambda saved: saved["state"]["averaged"].update(more=torch.ones(1)))}
+           **{name: resaved(change) for name, change in {
+               "part missing": lambda saved: saved["state"].pop("averaged"),
+               "other part": lambda saved: saved["state"]["averaged"].update(more=torch.ones(1)),
+               "short moments": lambda saved: saved["state"]["optimizer"]["state"][0].update(exp_avg=torch.zeros(3)),
+               "no moments": lambda saved: saved["state"]["optimizer"].update(state={}),
+               "moments of float64": lambda saved: [m.update(exp_avg_sq=m["exp_avg_sq"].double())
+                                                    for m in saved["state"]["optimizer"]["state"].values()],
+               "nan": lambda saved: next(iter(saved["state"]["model"].values())).fill_(math.nan),
+               "best alone": lambda saved: saved["state"].update(best=saved["state"]["best"]["model"]),
+               "best nan": lambda saved: saved["state"]["best"].update(val_nll=math.nan),
+               "epoch 1.0": lambda saved: saved["state"].update(epoch=1.0),
+               "a row too few": lambda saved: saved["metrics"].pop(),
+               "seconds in words": lambda saved: saved["metrics"][-1].update(seconds="a minute"),
+               "no val_nll": lambda saved: saved["metrics"][1].pop("val_nll"),
+               "chains in a list": lambda saved: saved["state"].update(chains=saved["state"]["chains"].tolist()),
+               "half of the chains": lambda saved: saved["state"].update(chains=saved["state"]["chains"][:, ::2]),
+           }.items()}}
 
 
-@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_checkpoint_is_one_line_and_its_code_is_never_run(trained, tmp_path, monkeypatch, fails, damage):
+    cell = "flow" if "chains" in damage else "fc dsm"
+    whole = (trained(cell).copies[1] / "checkpoint.pt").read_bytes()
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "checkpoint.pt").write_bytes(damage((trained("fc dsm").out / "checkpoint.pt").read_bytes()))
-    line = fails("fc dsm", tmp_path, "--resume")
+    monkeypatch.setattr(Run, "watch", None)  # training does not begin
+    (tmp_path / "checkpoint.pt").write_bytes(DAMAGES[damage](whole))
+    line = fails(cell, tmp_path, "--resume")
     assert str(tmp_path / "checkpoint.pt") in line and "--overwrite" in line and not (tmp_path / "ran").exists()
 
 

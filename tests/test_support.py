@@ -137,6 +137,16 @@ def test_a_run_prints_its_settings_and_the_figures_of_an_epoch_and_of_the_end(tm
     assert rows(tmp_path)[-1]["ess"] == 0.5
 
 
+@pytest.mark.parametrize("start, end", [(1.0, 2.0), (1.0, 9.6e19), (2.0, 2.0), (None, 9.0), (1.0, None)])
+def test_a_run_that_ends_worse_than_it_began_says_so(tmp_path, capsys, start, end):
+    one = a_run(tmp_path)
+    one.save({"epoch": 0, "val_nll": start}, {"epoch": 0})
+    one.save({"epoch": 1, "val_nll": end}, {"epoch": 1})
+    one.finish({"test_nll": 5.0})
+    printed = capsys.readouterr().err
+    assert f"{end:.6g}" in printed and "--lr" in printed if start == 1.0 and end else not printed
+
+
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()], ids=repr)
 def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch, error):
     def fail(file):
@@ -150,6 +160,15 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch, error):
     assert path.read_bytes() == b"old" and [*tmp_path.iterdir()] == [path]
     write(path, b"new")
     assert path.read_bytes() == b"new" and [*tmp_path.iterdir()] == [path]
+
+
+def test_on_a_full_disk_overwrite_deletes_nothing(tmp_path, monkeypatch):
+    a_run(tmp_path).save({"epoch": 0, "val_nll": 1.0}, {"epoch": 0})
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    monkeypatch.setattr(os, "fsync", lambda file: os.write(-1, b""))  # an OSError
+    with pytest.raises(OSError):
+        a_run(tmp_path, overwrite=True, seed=1)
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
 
 
 @pytest.mark.parametrize("error, code", [
@@ -208,6 +227,21 @@ def test_a_wrong_flag_is_one_line_with_its_name_after_a_short_one_on_usage(capsy
     usage, line = capsys.readouterr().err.splitlines()
     assert exit.value.code == 2 and usage.startswith("usage: ") and len(usage) < 100
     assert all(fact in line for fact in facts)
+
+
+@pytest.mark.parametrize("stdout", [None, "ascii", "cp932"])
+def test_a_stream_that_is_closed_or_lacks_characters_ends_no_run(tmp_path, monkeypatch, stdout):
+    monkeypatch.setattr(sys, "stderr", None)
+    monkeypatch.setattr(sys, "stdout", stdout and io.TextIOWrapper(io.BytesIO(), stdout))
+    with pytest.raises(SystemExit) as exit:
+        parse(train_toy.Settings, ["--help"])
+    assert exit.value.code == 0
+    train(a_run(tmp_path), [1.0] * 60)  # behind a bar
+    print("θ̃ ³", flush=True)
+    assert not stdout or b"--xi" in sys.stdout.buffer.getvalue()
+    for stream in (sys.stdout, sys.stderr):
+        print("θ̃ ³", file=stream)
+        stream.close()
 
 
 @pytest.mark.parametrize("script, flags", [(train_mnist, []), (train_mnist, ["--paper", "--arch", "glow"]),

@@ -14,7 +14,7 @@ from conftest import checkpoint, rows, without_pictures
 from densities import Mixture, gmm40, mixture
 from judge import Truth, mixing
 from sampling import Report
-from support import settings
+from support import plots, settings
 from support.optimization import trainable
 from train_ebm import FIGURES, FINAL, Settings, follow, gaussian, main, make_model, step
 
@@ -322,6 +322,13 @@ def test_short_chains_are_judged_by_the_draws_that_they_make_from_noise_and_have
     row = mixing(s, lambda x: train_ebm.move(s, model, x, torch.tensor([0.1])), p.sample(100)[None],
                  Truth(p, 100, 2, "cpu"))
     assert row.keys() == {"draws", "draws_tv"} and row["draws_tv"] == pytest.approx(0.9, abs=0.01)
+
+
+def test_chains_outside_the_picture_leave_their_panel_empty():
+    s = parse("--dim", "3", "--sampler", "langevin")
+    data = train_ebm.density(s)
+    figure = plots.ebm(make_model(s, data.sample(300)), Truth(data, 400, 3, "cpu"), torch.full((1, 3), 1e3), 0.0)
+    assert [one.get_title() for one in figure.axes] == ["truth p", "energy p_θ", "chains"]
 
 
 # ---- Failing ---------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ import losses
 import sampling
 from ebflow import EBFlow, fc_flow, toy_flow
 from layers import ActNorm, FullyConnected, Logit, Squeeze
-from layers import AffineCoupling, Conv1x1, Convolution, Standardize  # noqa: F401  of_layer makes them
+from layers import AffineCoupling, Conv1x1, Convolution, SmoothLeakyReLU, Standardize  # noqa: F401  of_layer makes them
 
 torch.manual_seed(0)
 X, NOISE, IMAGES = torch.randn(3, 3), torch.randn(3, 3), torch.randn(3, 3, 3, 3)  # B = D, and B = C = H = W
@@ -186,7 +186,7 @@ USES = {  # a use, an argument with which it is right, and wrong ones
     "u": (fc_flow(3).inverse, X, X[:, :2], X[0], None),
     "a start": (lambda x: toy_flow(3, 1, 4).initialize(x) or 0.0, FIVE, FIVE[:, :2], FIVE[:, :1], FIVE[0]),
     "an actnorm's start": (lambda x: [layer := ActNorm(3), EBFlow([layer], (3,)).initialize(x)][0].bias, FIVE,
-                           FIVE[:, :1], FIVE[:1], torch.ones(5, 3)),
+                           FIVE[:, :1], FIVE[:1], torch.ones(5, 3), 1 / FIVE.clamp(min=0)),
     "draws": (fc_flow(4).sample, 3, (3,), 3.0, -1, None, 0),
     "layers": (lambda layer: EBFlow([layer], (3,)).energy(X), FullyConnected(3), nn.Linear(3, 3), FLOW, Squeeze, None),
     "a shape": (lambda shape: EBFlow([FullyConnected(3)], shape).energy(X), (3,), 3, None, (4,), (3, 3)),
@@ -209,14 +209,16 @@ USES = {  # a use, an argument with which it is right, and wrong ones
            ("Conv1x1", (3, 3, 3), "3", "1", "2"), ("ActNorm", (1,), "1", "3"),
            ("ActNorm", (3, 3, 3), "3", Right("1", lambda: of_layer("ActNorm(3)", (3, 3, 3))), "2", "9"),
            ("Standardize", (3,), "2.0", "X.exp()", "X[:, :1].exp()", "2.0, X", "2.0, X[:, :1]", "torch.ones(2)",
-            "2.0, torch.ones(2)"),
+            "2.0, torch.ones(2)", "math.inf", "2.0, math.nan", "2.0, math.inf"),
+           ("SmoothLeakyReLU", (3,), "bend=1.0", "bend=math.nan", "bend=math.inf", "math.nan"),
            ("AffineCoupling", (3,), "nn.Linear(2, 2)", "nn.Linear(2, 1)", "nn.Linear(2, 4)", "nn.Linear(1, 2)")]},
     **{f"the events of {code}": (lambda shape, code=code: of_layer(code, shape), right, *wrong)
        for code, right, *wrong in [
            ("AffineCoupling(nn.Linear(1, 2))", (2,), (1,), ()), ("Conv1x1(2)", (2, 2, 2), (2,), (2, 2), ()),
            ("Convolution(2, 3)", (2, 3, 3), (2,), (2, 3), (3, 3)), ("Convolution(1, 3)", (1, 3, 3), (3, 3), (1, 3))]},
     # ---- Sampling
-    **{f"the step size of {name}": (lambda a, use=use: use(energy, X, a), 0.1, None, "0.1", -0.1, math.nan, SIGMAS[:2],
+    **{f"the step size of {name}": (lambda a, use=use: use(energy, X, a), 0.1, None, "0.1", -0.1, math.nan, math.inf,
+                                    SIGMAS[:2],
                                     *wrong) for (name, use), wrong in zip(SAMPLERS.items(), [
         [torch.tensor(-0.1), Right(0.0, lambda: X), Right(SIGMAS, lambda: steps_of(SIGMAS)),
          Right(SIGMAS[:, None], lambda: steps_of(SIGMAS[:, None]))],
