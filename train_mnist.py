@@ -287,11 +287,13 @@ def load(directory):
     path = Path(directory) / "checkpoint.pt"
     saved = read_checkpoint(path)
     with intact(path):
-        config, weights = saved["config"], saved["state"]["best"]["model"]
+        config, best = saved["config"], saved["state"]["best"]
         s = Settings(**{name: value for name, value in config.items() if hasattr(Settings, name)})
         pre, flow = (make(s, config["images"][1:]) for make in (preprocessing, architecture))
         model = EBFlow([*pre.layers, *flow.layers], pre.shape)
-        model.load_state_dict(weights)
+        model.load_state_dict(best["model"])
+        if best["epoch"] == 0:
+            raise RunError(f"{path} is of a run that has not ended an epoch")
     return ImageModel(model, config["images"][1:]).eval().requires_grad_(False)
 
 

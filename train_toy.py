@@ -65,7 +65,7 @@ class Settings(settings.Settings):
             return recipe | dict(start_smoothing=2.0, anneal=0.5) if name == "sine" else recipe  # no turns to unwind
         if self.loss not in MATCHING:
             return dict(sigma=0.03)
-        return recipe | dict(sigma=0.1, sml_steps=500, sml_lr=1e-3, sml_sigma=0.03)
+        return recipe | dict(sigma=0.1, floor=0.1, sml_steps=500, sml_lr=1e-3, sml_sigma=0.03)
 
 
 def train(s, device):
@@ -192,11 +192,14 @@ def load(directory):
     path = Path(directory) / "checkpoint.pt"
     saved = read_checkpoint(path)
     with intact(path):
-        config, weights = saved["config"], saved["state"]["best"]["model"]
+        config, best = saved["config"], saved["state"]["best"]
         _, dim = config.get("points", (0, 2))
         layers = [Standardize(torch.ones(dim), torch.zeros(dim))] if "points" in config else []
-        model = EBFlow([*layers, *toy_flow(dim, config["blocks"], config["width"], config.get("floor", 0.0)).layers], (dim,))
-        model.load_state_dict(weights)
+        flow = toy_flow(dim, config["blocks"], config["width"], config.get("floor", 0.0))
+        model = EBFlow([*layers, *flow.layers], (dim,))
+        model.load_state_dict(best["model"])
+        if best["epoch"] == 0:
+            raise RunError(f"{path} is of a run that has not ended an epoch")
     return model.eval().requires_grad_(False)
 
 

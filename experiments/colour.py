@@ -2,11 +2,11 @@
 
     python -m experiments.colour --data cifar-10-batches-bin
 
-Each architecture and objective trains for MINUTES of processor time on one thread, with its learning rate by a cosine of
-the time that is over. The clock stands still while 2,000 validation images are evaluated. Before, each of three learning
-rates is tried for a fifth of the time, and that of the lowest NLL is taken: the same effort for all. Pixels are whitened.
-The last layer is an actnorm: trained by ml, at the moments of its input in score matching. No steps of sml follow.
-results/colour.json has the curves, results/colour.png shows them beside one Gaussian.
+Each architecture and objective trains for MINUTES of processor time on one thread. The learning rate follows a cosine
+of the time that is over. The clock stands still while 2,000 validation images are evaluated. Before, each of three
+learning rates is tried for a fifth of the time, and that of the lowest NLL is taken: the same effort for all. Pixels
+are whitened. The last layer is an actnorm: trained by ml, at the moments of its input in score matching. No steps of
+sml follow. results/colour.json has the curves, results/colour.png shows them beside one Gaussian.
 """
 
 import copy
@@ -104,7 +104,8 @@ def rows(runs):
     for name, run in runs.items():
         curve = run.get("curve", [[0, run["val_nll"]]] if "val_nll" in run else [])
         steps = f"{run['steps']:,} | {run['lr']:g}" if "steps" in run else " | "
-        yield f"| {name} | {steps} | {curve[0][1]:,.0f} | {curve[-1][1]:,.0f} | {run['test_nll']:,.0f} | {run['test_bpd']:.3f} |"
+        yield (f"| {name} | {steps} | {curve[0][1]:,.0f} | {curve[-1][1]:,.0f} | {run['test_nll']:,.0f} | "
+               f"{run['test_bpd']:.3f} |")
 
 
 def main(argv=None):

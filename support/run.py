@@ -73,16 +73,23 @@ class Run:
         for name in ("checkpoint.pt", "metrics.jsonl", *PICTURES) if s.overwrite and first_process() else ():
             (s.out / name).unlink(missing_ok=True)
         print(textwrap.fill(str(self.config).strip("{}").replace("'", ""), 120), flush=True)
-        self.start = time.perf_counter()  # of the first epoch here
+        self.start, self.told = time.perf_counter(), []  # of the first epoch here; times of its steps 10 and 20
 
     def watch(self, epoch, batches):
         """The batches of an epoch, behind a progress bar if standard error is a terminal. Afterwards `means` holds the
         means of what the loop `record`ed, and batches per second. Raises RunError where a figure is not finite, and
-        names the first such step. It looks every 50 steps, since a GPU must be waited for to look."""
+        names the first such step. It looks every 50 steps, since a GPU must be waited for to look. After 20 steps it
+        says how long the run will take, if that is more than an hour."""
         self.trace, self.names, start = [], (), time.perf_counter()
         bar = tqdm(batches, f"epoch {epoch}", leave=False, dynamic_ncols=True, disable=not first_process() or None)
         for step, batch in enumerate(bar, start=1):
             yield batch
+            if step in (10, 20) and len(self.told) < 2:  # the first steps set things up
+                self.trace[-1].cpu()  # waits for a GPU
+                self.told.append(time.perf_counter())
+                steps = len(batches) * (self.config["epochs"] - epoch + 1)
+                if step == 20 and (hours := (self.told[1] - self.told[0]) / 10 * steps / 3600) > 1:
+                    print(f"this will take about {hours:.1f} hours", flush=True)
             if step % 50 == 0 or step == len(batches):
                 first = (step - 1) // 50 * 50
                 recent = torch.stack(self.trace[first:]).cpu()  # (50, figures)

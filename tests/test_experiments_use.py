@@ -106,9 +106,7 @@ def test_every_way_is_measured_on_the_same_rows_and_splines_in_raw_units(tmp_pat
     monkeypatch.setattr(points, "FILES", {"bent": lambda: x})
     splines = points.splines
     monkeypatch.setattr(points, "splines", lambda path, seed: splines(path, seed, epochs=2, steps=30))
-    small = "--epochs 1 --steps 5 --batch-size 32 --blocks 1 --width 8 --sml-steps 3 --device cpu".split()
-    monkeypatch.setattr(points, "trained", lambda script, own, out, flags, trained=points.trained: trained(
-        script, own, out, [f for f in flags] if "dsm" in own else flags[:-4] + flags[-2:]))
+    small = "--epochs 1 --steps 5 --batch-size 32 --blocks 1 --width 8 --device cpu".split()
     points.main(["--runs", str(tmp_path), "--results", str(tmp_path), "--seeds", "1", *small])
     found = json.loads((tmp_path / "points.json").read_text())["runs"]["bent, seed 0"]
     assert {*found} == {*points.WAYS}

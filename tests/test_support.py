@@ -2,7 +2,7 @@
 
 import copy
 import io
-import json
+
 import math
 import os
 import re
@@ -102,6 +102,22 @@ def test_the_bar_is_for_a_terminal_alone(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sys, "stderr", terminal)
     train(a_run(tmp_path), [1.0] * 60)
     assert "epoch 1" in terminal.getvalue() and "%|" in terminal.getvalue()
+
+
+def test_a_run_of_more_than_an_hour_says_so_once_after_twenty_steps(tmp_path, capsys):
+    one, said = a_run(tmp_path), []
+    capsys.readouterr()
+    for epoch, batches in ((1, 60_000), (2, 60_000), (1, 600)):  # of 20 epochs
+        if batches < 60_000:
+            one = a_run(tmp_path / "short")
+            capsys.readouterr()
+        for step in one.watch(epoch, range(batches)):
+            if step == 30:
+                break
+            time.sleep(0.01)  # 3.3 hours and 2 minutes
+            one.record({"loss": torch.ones(())})
+        said += [float(line.split()[-2]) for line in capsys.readouterr().out.splitlines()]
+    assert len(said) == 1 and 3 < said[0] < 10
 
 
 # ---- What is written -------------------------------------------------------------------------------------------------

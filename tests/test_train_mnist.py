@@ -11,7 +11,7 @@ import torch
 
 import losses
 import train_mnist
-from conftest import assert_same_bits, checkpoint, failing, rows, stop_after, timeless, without_pictures
+from conftest import assert_same_bits, checkpoint, failing, rows, stop_after, timeless
 from data import augment, dequantize, load_images
 from ebflow import EBFlow, fc_flow, glow_flow, logit_preprocessing
 from layers import ActNorm, AffineCoupling, LinearLayer
