@@ -14,9 +14,9 @@ import torch
 import train_mnist
 import train_toy
 from conftest import checkpoint, rows
-from data import MNIST, Points, load_images
+from data import MNIST, Points, dequantize, load_images
 from densities import TOYS
-from experiments import outliers, points, weights
+from experiments import colour, epochs, outliers, points, weights
 
 RESULTS = Path(__file__).parent.parent / "results"
 
@@ -24,6 +24,50 @@ RESULTS = Path(__file__).parent.parent / "results"
 @pytest.fixture(autouse=True)
 def quiet(no_pictures):
     """Drawing takes longer than these small runs."""
+
+
+# ---- Colour ----------------------------------------------------------------------------------------------------------
+
+def test_each_cell_of_the_race_has_three_tries_and_the_best_rate_and_the_gaussian_is_that_of_the_logits(tmp_path, npy,
+                                                                                                        capsys):
+    cells = ["cnn dsm", "fc ml"]
+    colour.main(["--data", str(npy), "--results", str(tmp_path), "--minutes", "0.02", "--cells", *cells, "--batch-size",
+                 "50"])
+    runs = json.loads((tmp_path / "colour.json").read_text())["runs"]
+    assert [*runs] == ["one Gaussian", *cells]
+    assert [*colour.rows(runs)] == capsys.readouterr().out.splitlines()[-3:]
+    for cell, middle in zip(cells, (5e-4, 1e-3)):
+        run = runs[cell]
+        assert [float(lr) for lr in run["tries"]] == pytest.approx([middle / 3, middle, 3 * middle], rel=1e-4)
+        assert run["lr"] == pytest.approx(float(min(run["tries"], key=run["tries"].get)), rel=1e-4)
+        minutes, nll = zip(*run["curve"])
+        assert len(nll) == colour.LOOKS + 1 and minutes[0] == 0 and minutes[-1] >= 0.02 and run["steps"] > 15
+        assert math.isfinite(run["test_nll"]) and (nll[-1] < nll[0] or "ml" not in cell)
+    torch.manual_seed(0)
+    splits = load_images(npy)
+    z = torch.logit((dequantize(splits[0]).flatten(1) / 256).clamp(1e-6, 1 - 1e-6)).double()
+    C = train_mnist.shrunk_covariance(z - z.mean(0))
+    x = dequantize(splits[2]).flatten(1)
+    y = (x / 256).clamp(1e-6, 1 - 1e-6)
+    slopes = -torch.log(y) - torch.log1p(-y) - math.log(256)
+    normal = torch.distributions.MultivariateNormal(z.mean(0), C)
+    nll = -(normal.log_prob(torch.logit(y).double()) + slopes.sum(1)).mean().item()
+    assert runs["one Gaussian"]["test_nll"] == pytest.approx(nll, rel=0.01)
+
+
+def test_an_epoch_is_so_many_steps_of_the_recipe_and_every_cell_is_in_the_table(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(epochs, "SHAPES", {"MNIST": (5000, (1, 8, 8))})
+    clock, kept = iter([10.0, 16.0]), torch.get_num_threads()
+    monkeypatch.setattr(epochs.time, "process_time", lambda: next(clock))
+    monkeypatch.setattr(epochs.torch, "set_num_threads", lambda n: None)
+    epochs.measured("MNIST", "fc", "dsm")
+    found = json.loads(capsys.readouterr().out)
+    assert found["minutes"] == pytest.approx(2.0 * 50 / 60) and 0.1 < found["GB"] < 50  # 3 steps in 6 s, 50 an epoch
+    assert found["batch_size"] == 100 and torch.get_num_threads() == kept
+    monkeypatch.setattr(epochs, "cell", lambda *name: {"minutes": len(name[2]), "GB": 0.25})
+    epochs.main(["--results", str(tmp_path)])
+    line = "| MNIST | glow | 2.0, 0.2 | 3.0, 0.2 | 3.0, 0.2 | 3.0, 0.2 | 5.0, 0.2 |"
+    assert capsys.readouterr().out.splitlines()[-1] == line
 
 
 # ---- Outliers --------------------------------------------------------------------------------------------------------

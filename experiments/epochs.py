@@ -1,0 +1,71 @@
+"""How long an epoch takes and how much memory, by architecture and objective, at the sizes of MNIST and CIFAR-10.
+
+    python -m experiments.epochs
+
+Each cell is a process of its own with one thread. It takes steps of its recipe on random images, and tells the time of
+a step, by the clock of its processor, and the most memory that it held, without a data set. An epoch has 50,000 images
+of 28 × 28 or 40,000 of 3 × 32 × 32. Takes ten minutes on one core. Writes results/epochs.json.
+"""
+
+import copy
+import json
+import resource
+import subprocess
+import sys
+import time
+from functools import partial
+
+import torch
+
+import train_mnist
+from ebflow import EBFlow
+from experiments import command_line, completed
+from losses import OBJECTIVES
+from support import settings
+from support.run import one_line_errors
+
+SHAPES = {"MNIST": (50_000, (1, 28, 28)), "CIFAR-10": (40_000, (3, 32, 32))}
+STEPS = 4  # of a cell, of which the first does not count
+CODE = "from experiments.epochs import measured; measured({data!r}, {arch!r}, {loss!r})"
+
+
+def measured(data, arch, loss):
+    """Prints minutes of an epoch, GB, and the batch."""
+    torch.set_num_threads(1)
+    n, image = SHAPES[data]
+    s = settings.parse(train_mnist.Settings, ["--arch", arch, "--loss", loss])
+    images = torch.randint(256, (1000, *image), dtype=torch.uint8)
+    pre, flow = train_mnist.build(s, images)
+    model = EBFlow([*pre.layers, *flow.layers], pre.shape)
+    step, _ = train_mnist.make_step(s, pre, flow, model, copy.deepcopy(model))
+    for at in range(STEPS):
+        step(images[:s.batch_size], at + 1)  # step 0 sets the last actnorm, too
+        start = time.process_time() if at == 0 else start
+    seconds = (time.process_time() - start) / (STEPS - 1)
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # kB on Linux
+    print(json.dumps({"minutes": seconds * (n // s.batch_size) / 60, "GB": memory, "batch_size": s.batch_size}))
+
+
+def cell(data, arch, loss):
+    code = CODE.format(data=data, arch=arch, loss=loss)
+    return json.loads(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout)
+
+
+def rows(runs):
+    """The table of docs/results.md: minutes of an epoch and GB, a row for data and architecture."""
+    for data in SHAPES:
+        for arch in ("fc", "cnn", "glow"):
+            cells = [runs[f"{data} {arch} {loss}"] for loss in OBJECTIVES]
+            yield f"| {data} | {arch} | " + " | ".join(f"{c['minutes']:.1f}, {c['GB']:.1f}" for c in cells) + " |"
+
+
+def main(argv=None):
+    a = command_line(__doc__, "--results").parse_args(argv)
+    with one_line_errors(subprocess.CalledProcessError):
+        jobs = {f"{data} {arch} {loss}": partial(cell, data, arch, loss)
+                for data in SHAPES for arch in ("fc", "cnn", "glow") for loss in OBJECTIVES}
+        print(*rows(completed(a.results / "epochs.json", jobs)), sep="\n")
+
+
+if __name__ == "__main__":
+    main()
