@@ -29,7 +29,7 @@ MINUTES, TRIES, LOOKS = 10, (1 / 3, 1, 3), 15
 FC, CNN = "--arch fc --normalize whiten ", "--arch cnn --normalize whiten --diagonal -0.6 "
 NOISY = "--actnorm moments --sml-steps 0 --sigma 0.35 "
 OWN = {  # with the learning rate in the middle of its tries
-    "fc ml": FC + "--loss ml --actnorm trained --diagonal 0.5 --batch-size 200 --lr 1e-3",
+    "fc ml": FC + "--loss ml --actnorm trained --diagonal 0.5 --batch-size 200 --lr 1e-4",
     "fc ssm": FC + "--loss ssm --diagonal 4 --ratio 6 --lr 2e-3 " + NOISY,
     "fc dsm": FC + "--loss dsm --diagonal 4 --ratio 6 --lr 3e-3 " + NOISY,
     "cnn ml": CNN + "--loss ml --actnorm trained --bend 0 --lr 3e-3",

@@ -36,7 +36,7 @@ def test_each_cell_of_the_race_has_three_tries_and_the_best_rate_and_the_gaussia
     runs = json.loads((tmp_path / "colour.json").read_text())["runs"]
     assert [*runs] == ["one Gaussian", *cells]
     assert [*colour.rows(runs)] == capsys.readouterr().out.splitlines()[-3:]
-    for cell, middle in zip(cells, (5e-4, 1e-3)):
+    for cell, middle in zip(cells, (5e-4, 1e-4)):
         run = runs[cell]
         assert [float(lr) for lr in run["tries"]] == pytest.approx([middle / 3, middle, 3 * middle], rel=1e-4)
         assert run["lr"] == pytest.approx(float(min(run["tries"], key=run["tries"].get)), rel=1e-4)
