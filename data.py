@@ -148,7 +148,7 @@ class ImageModel(nn.Module):
 
     All methods but `inverse` and `sample` take bytes, uint8 (n, C, H, W). They raise TypeError for any other dtype: of
     pixels in [0, 1], or of whole numbers without the noise, the flow's log-density is another, and looks plausible.
-    Each call draws its own noise, so log p differs from call to call by some nats; torch.manual_seed fixes it.
+    Each call draws its own noise, so log p differs from call to call; torch.manual_seed fixes it.
     """
 
     def __init__(self, flow, image):

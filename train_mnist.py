@@ -49,8 +49,8 @@ class Settings(settings.Settings):
     decays: int = setting(49, "epochs after which the learning rate falls", above=0, of=("steps",))
     clip: float = setting(0.0, "largest norm of the gradient; 0: no clipping", least=0)
     s: float = setting(1.0, "scale of the logits: z = logit(x / 256) / s", above=0)
-    normalize: str = setting("center", "raw logits as published; ours: mean 0; and variance 1; and covariance I",
-                             choices=("none", "center", "scale", "whiten"))
+    normalize: str = setting("center", "raw logits as published; ours: mean 0; and covariance I",
+                             choices=("none", "center", "whiten"))
     diagonal: float = setting(1.0, "weights start at diagonal · I", of=("fc", "cnn"))
     ratio: float = setting(1.0, "ours: W₂ starts at this multiple of W₁, and so learns more slowly", of=("fc",))
     bias: float = setting(0.0, "biases start at this, a CNN's at random with this times Xavier's std", of=("fc", "cnn"))
@@ -246,17 +246,15 @@ def architecture(s, image):
 
 @torch.no_grad()
 def measure(s, pre, images):
-    """Sets the constants of the pre-processing so that z of these images is centred, scaled or whitened.
+    """Sets the constants of the pre-processing so that z of these images is centred or whitened.
 
-    ours: all three. Whitening is one more linear layer, which is not trained. With --arch fc the family of densities is
+    ours: both. Whitening is one more linear layer, which is not trained. With --arch fc the family of densities is
     the same with and without it, since W₁ times the whitening matrix is another W₁.
     """
     logits = EBFlow(pre.layers[:3], pre.shape)
     z = torch.cat([logits(dequantize(batch).view(-1, *pre.shape)).flatten(1) for batch in images.split(1000)])  # (n, D)
     mean = z.mean(0, dtype=torch.float64)
     pre.layers[2].mean.copy_(s.s * mean.view(pre.shape))
-    if s.normalize == "scale":
-        pre.layers[2].std.copy_(s.s * z.double().std(0).view(pre.shape))
     if s.normalize == "whiten":
         variances, U = torch.linalg.eigh(shrunk_covariance(z - mean))
         pre.layers[3].weight.copy_(U @ (variances.rsqrt()[:, None] * U.T))  # symmetric: pixels stay pixels

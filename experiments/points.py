@@ -5,8 +5,8 @@
 
 Three files are written to runs/points: two moons (4,000 rows of 2 columns), a mixture of six Gaussians with deviation
 0.3 (4,000 × 8), and the first eight principal components of MNIST's test images (10,000 × 8). The NLL is that of a
-tenth of the rows, which nothing was trained on. All take 5,000 steps of 512 rows, and keep the epoch of the lowest NLL
-of another tenth. results/points.json has the table.
+tenth of the rows, which nothing was trained on; before training, of another tenth, which decides the epoch that is kept.
+All take 5,000 steps of 512 rows, sml 500 more. results/points.json has the table.
 """
 
 import copy
@@ -96,7 +96,7 @@ def main(argv=None):
 
 
 def rows(runs):
-    """The lines of the table: mean NLL and the largest distance from it, over the seeds; minutes of the first file."""
+    """The lines of the table: mean NLL and the largest distance from it, over the seeds; minutes of the last file."""
     for way in WAYS:
         cells = [way]
         for name in FILES:
