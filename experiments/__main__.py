@@ -1,7 +1,8 @@
-"""Lists all experiments: python -m experiments"""
+"""Lists all experiments, and how long each takes: python -m experiments"""
 
 import ast
 from pathlib import Path
 
 for path in sorted(Path(__file__).parent.glob("[a-z]*.py")):
-    print(f"{path.stem:14}{ast.get_docstring(ast.parse(path.read_bytes())).splitlines()[0]}")
+    title, *_, last = ast.get_docstring(ast.parse(path.read_bytes())).splitlines()
+    print(f"{path.stem:14}{title}" + f"\n{'':14}{last}" * last.startswith("Time"))

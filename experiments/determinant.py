@@ -3,8 +3,8 @@
     python -m experiments.determinant
 
 E(x) = -log p_u(Wx) is an energy with Z = 1/|det W| = E_q[ p_u(Wx) / q(x) ] for any density q. So Z is a mean
-(`sampling.py: estimate_log_z`), at a cost of O(D²) for each draw. Here W = I + c G / √D with standard normal G, and
-q = N(0, (LᵀL)⁻¹) with a lower-triangular L, so q costs O(D²), too:
+(`sampling.py: estimate_log_z`), at a cost of O(D²) for each draw. Here W = I + c G / √D with standard normal G, and q =
+N(0, (LᵀL)⁻¹) with a lower-triangular L, so q costs O(D²), too:
 
     isotropic    L = √a I; a = ‖W‖²/D makes KL(q‖p) least
     diagonal     L² = diag(WᵀW) makes KL(q‖p) least
@@ -15,8 +15,9 @@ The relative variance of the importance weights w = p_u(Wx) / q(x) grows exponen
 
     Var[w] / E[w]² = Π λ_i / √(2λ_i - 1) - 1,      infinite as soon as one λ_i ≤ ½
 
-Writes results/determinant.png and .json, and prints the errors, of which docs/results.md shows some (90 seconds on one
-core). Source: Chao et al. (2023), the estimate of Z by importance sampling; the variance is a Gaussian integral.
+Writes results/determinant.png and .json, and prints the errors, of which docs/results.md shows some. Source: Chao et al. (2023), the estimate of Z by importance sampling; the variance is a Gaussian integral.
+
+Time: 90 seconds on one core.
 """
 
 import math

@@ -2,7 +2,9 @@
 
     python -m experiments.explain
 
-Writes results/explain-*.png, and results/explain.json with the numbers beside the pictures. Half a minute on one core.
+Writes results/explain-*.png, and results/explain.json with the numbers beside the pictures.
+
+Time: half a minute on one core.
 """
 
 import math

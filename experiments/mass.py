@@ -9,8 +9,10 @@ in coordinates in which the training images have mean 0 and covariance I:
     median   of the distance to the mean, divided by √D, over 2,000 draws
     widest   the largest root mean square in one direction, divided by that of 2,000 images
 
-A seed takes ten minutes on two cores. Writes results/mass.json after every run, and continues from it; then
-results/mass.png, draws of each flow from the same noise. Prints the table of docs/results.md. ours.
+Writes results/mass.json after every run, and continues from it; then results/mass.png, draws of each flow from the same
+noise. Prints the table of docs/results.md. ours.
+
+Time: ten minutes a seed on two cores.
 """
 
 from functools import partial

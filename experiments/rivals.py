@@ -15,6 +15,8 @@ All start from whitened pixels; the time to whiten counts. A batch has 200 image
 
 The NLL is exact, that of the averaged parameters, and computed outside the measured time. Writes results/rivals.json
 after every run, and continues from it; then rivals.png. Prints the table of docs/results.md.
+
+Time: three minutes on two cores, without evaluation.
 """
 
 import copy

@@ -12,8 +12,9 @@ A step is all that training does for one batch: data, pre-processing, objective,
     compiled   the same with --compile; on a CPU alone
     floor      the matrix products and convolutions of the step here, one after another and nothing between them
 
-Kinds take turns, so slow moments of the machine hit all of them. Prints a table of medians over blocks of ten steps. On
-two cores --arch fc takes three minutes, toy eight and cnn ten, most of it to compile.
+Kinds take turns, so slow moments of the machine hit all of them. Prints a table of medians over blocks of ten steps.
+
+Time: three minutes on two cores with fc, eight with toy, ten with cnn, most of it to compile.
 """
 
 import copy

@@ -2,9 +2,11 @@
 
     python -m experiments.starts
 
-Trains under runs/, and continues runs that were stopped; a quarter of an hour on one core. No run has steps of sml.
-Writes results/starts.json, and starts.png, NLL against epochs. Prints the table of docs/results.md. In its last column
-the last actnorm is as training left it, at the moments of noisy images, and not set to those of clean ones. ours.
+Trains under runs/, and continues runs that were stopped. No run has steps of sml. Writes results/starts.json, and
+starts.png, NLL against epochs. Prints the table of docs/results.md. In its last column the last actnorm is as training
+left it, at the moments of noisy images, and not set to those of clean ones. ours.
+
+Time: a quarter of an hour on one core.
 """
 
 import train_mnist

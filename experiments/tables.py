@@ -5,10 +5,11 @@
     python -m experiments.tables --arch toy --compile          three densities in the plane, three seeds
     python -m experiments.tables --paper runs/mnist-fc-dsm     reads finished runs of train_mnist.py --paper
 
-Trains under runs/, and continues runs that were stopped. On a CPU it takes 30 minutes with --arch fc, 40 with cnn, 70
-with glow, and an hour and a half with toy. Writes and prints the table of docs/results.md: results/mnist-ARCH.json, for
-FC with a picture of NLL against epochs; or results/toys.json and .png, the densities of seed 0; or results/paper.json,
-whose runs stay.
+Trains under runs/, and continues runs that were stopped. Writes and prints the table of docs/results.md:
+results/mnist-ARCH.json, for FC with a picture of NLL against epochs; or results/toys.json and .png, the densities of
+seed 0; or results/paper.json, whose runs stay.
+
+Time: on one core 30 minutes with fc, 40 with cnn, 70 with glow, an hour and a half with toy.
 """
 
 import json

@@ -11,8 +11,10 @@ network classifies them. The share is the mean over the judges. Its error comes 
 one judge do not show what its flows miss. Where one judge has an effective sample size (ESS) below 1 %, no proportions
 are given.
 
-A seed takes 55 minutes on one core. Writes results/unbalanced.json after every run, and continues from it; then the
-figure results/unbalanced.png. Prints the table of docs/results.md.
+Writes results/unbalanced.json after every run, and continues from it; then the figure results/unbalanced.png. Prints
+the table of docs/results.md.
+
+Time: 55 minutes a seed on one core.
 """
 
 import copy
