@@ -15,7 +15,8 @@ The relative variance of the importance weights w = p_u(Wx) / q(x) grows exponen
 
     Var[w] / E[w]² = Π λ_i / √(2λ_i - 1) - 1,      infinite as soon as one λ_i ≤ ½
 
-Writes results/determinant.png and .json, and prints the errors, of which docs/results.md shows some. Source: Chao et al. (2023), the estimate of Z by importance sampling; the variance is a Gaussian integral.
+Writes results/determinant.png and .json, and prints the errors, of which docs/results.md shows some. Source: Chao et
+al. (2023), the estimate of Z by importance sampling; the variance is a Gaussian integral.
 
 Time: 90 seconds on one core.
 """
