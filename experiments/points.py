@@ -104,7 +104,7 @@ def rows(runs):
         for name in FILES:
             nlls, minutes = zip(*(run[way] for key, run in runs.items() if key.startswith(name)))
             mean = sum(nlls) / len(nlls)
-            cells.append(f"{mean:.2f} ± {max(abs(nll - mean) for nll in nlls):.2f}")
+            cells.append(f"{mean:.2f}" + f" ± {max(abs(nll - mean) for nll in nlls):.2f}" * (len(nlls) > 1))
         yield "| " + " | ".join([*cells, f"{sum(minutes) / len(minutes):.1f}" if minutes[0] else ""]) + " |"
 
 
