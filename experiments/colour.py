@@ -22,7 +22,7 @@ import torch
 import train_mnist
 from data import DataError, dequantize, load_images
 from ebflow import EBFlow
-from experiments import command_line, completed, panels
+from experiments import command_line, completed, panels, passed_on
 from support import plots, settings
 from support.optimization import cosine
 from support.run import one_line_errors
@@ -112,10 +112,13 @@ def rows(runs):
 
 def main(argv=None):
     parser = command_line(__doc__, "--results", passes="train_mnist.py")
-    parser.add_argument("--data", type=Path, required=True, help="directory of CIFAR-10's binary version")
+    parser.add_argument("--data", type=Path, default=Path("cifar-10-batches-bin"),
+                        help="directory of CIFAR-10's binary version")
     parser.add_argument("--minutes", type=float, default=MINUTES, help="time of training of a cell")
     parser.add_argument("--cells", nargs="+", choices=OWN, default=[*OWN])
     a, flags = parser.parse_known_args(argv)
+    for name in a.cells:  # before a file is looked at
+        passed_on(train_mnist.Settings, OWN[name].split(), flags)
     with one_line_errors(DataError, torch.linalg.LinAlgError):
         torch.set_num_threads(1)
         splits = load_images(a.data)

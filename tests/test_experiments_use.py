@@ -31,8 +31,7 @@ def quiet(no_pictures):
 def test_each_cell_of_the_race_has_three_tries_and_the_best_rate_and_the_gaussian_is_that_of_the_logits(tmp_path, npy,
                                                                                                         capsys):
     cells = ["cnn dsm", "fc ml"]
-    colour.main(["--data", str(npy), "--results", str(tmp_path), "--minutes", "0.02", "--cells", *cells, "--batch-size",
-                 "50"])
+    colour.main(["--data", str(npy), "--results", str(tmp_path), "--minutes", "0.02", "--cells", *cells])
     runs = json.loads((tmp_path / "colour.json").read_text())["runs"]
     assert [*runs] == ["one Gaussian", *cells]
     assert [*colour.rows(runs)] == capsys.readouterr().out.splitlines()[-3:]
