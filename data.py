@@ -177,12 +177,15 @@ class ImageModel(nn.Module):
 
     def inverse(self, u):
         """The image whose unit cube has g⁻¹(u) in it.   (n, *flow.shapes[-1]) -> bytes (n, C, H, W)"""
-        x = self.flow.inverse(u).view(-1, *self.image)
-        return x.clamp(0, 255).to(torch.uint8)  # rounds down; a byte of 256 would be 0, so white would turn black
+        return self.bytes(self.flow.inverse(u))
 
     def sample(self, n):
         """n draws.   -> bytes (n, C, H, W)"""
-        return self.flow.sample(n).view(-1, *self.image).clamp(0, 255).to(torch.uint8)
+        return self.bytes(self.flow.sample(n))
+
+    def bytes(self, x):
+        """x of the flow, rounded down. Without the clamp 256 would be 0, and white black.   -> bytes (n, C, H, W)"""
+        return x.view(-1, *self.image).clamp(0, 255).to(torch.uint8)
 
     def x(self, images):
         """What the flow takes: dequantised, on its device.   bytes (n, C, H, W) -> (n, *flow.shape)"""
@@ -215,8 +218,8 @@ class Points:
         x = x[torch.randperm(n, generator=torch.Generator().manual_seed(seed))]
         train, val, test = x.split([n - 2 * (n // 10), n // 10, n // 10])
         self.std, self.mean = torch.std_mean(train, 0)
-        if not (self.std > 0).all():
-            raise DataError(f"{path}: column {self.std.argmin() + 1} is constant")
+        for j in (self.std <= 1e-4 * self.mean.abs()).nonzero()[:1, 0].tolist():  # float32 would lose its digits
+            raise DataError(f"{path}: column {j + 1} is constant, or nearly so beside its mean: subtract the mean")
         if torch.linalg.eigvalsh(train.T.corrcoef())[0] < 1e-9:
             raise DataError(f"{path}: a column is a linear function of the others: leave it out")
         gaussian = torch.distributions.MultivariateNormal(self.mean, train.T.cov())

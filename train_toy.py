@@ -177,9 +177,10 @@ def truth(toy, n, seed, device):
 @torch.no_grad()
 def divergences(split, model, x, log_prob=None, score=None):
     """NLL and, where the truth is known, KL in nats and the Fisher divergence, with their standard errors."""
-    model_log_prob, model_score = (torch.cat([f(b) for b in x.split(5000)]) for f in (model.log_prob, model.score))
+    model_log_prob = torch.cat([model.log_prob(batch) for batch in x.split(5000)])
     row = {f"{split}_nll": -model_log_prob.mean().item()}
     if log_prob is not None:
+        model_score = torch.cat([model.score(batch) for batch in x.split(5000)])
         kl = (log_prob - model_log_prob).double()
         fisher = 0.5 * (score - model_score).double().square().sum(1)
         for name, values in (("kl", kl), ("fisher", fisher)):

@@ -266,6 +266,7 @@ def test_a_sample_of_points_is_rows_to_train_with_noise_in_units_of_each_column(
     ("a.csv", text(ROWS) + b"\n1,2", "cannot read .*a.csv"),
     ("a.csv", b"\xff\xfe" + bytes(range(128, 256)), "a.csv"),
     ("a.csv", text(ROWS * [1, 0, 1]), "column 2 is constant"), ("a.csv", text(ROWS[:, [0, 1, 0]]), "linear function"),
+    ("a.npy", npy(ROWS + [0, 0, 1e6]), "column 3 is constant, or nearly"),
     ("a.npy", npy(ROWS[0]), r"\(3,\)"), ("a.npy", npy(ROWS > 5), "bool"), ("a.npy", b"no array", "cannot read"),
     ("a.npy", npy(np.array([{}], object)), "cannot read"), ("a.npy", None, "cannot read"), ("a.csv", None, "a.csv")])
 def test_points_that_have_no_density_are_refused_with_what_is_wrong(tmp_path, name, content, fact):
