@@ -9,10 +9,13 @@ computed: products and convolutions by torch's own formulas, factorisations and 
 Writes results/runtime-DEVICE.json after every size, and continues from it; then results/runtime-DEVICE.png, with the
 slopes of straight lines fitted to the logarithms. Prints the tables of docs/results.md. Source: Chao et al. (2023), the
 runtime comparison.
+
+Time: three minutes on two cores.
 """
 
 import math
 import statistics
+import time
 from functools import partial
 from itertools import groupby, product
 from operator import itemgetter
@@ -20,12 +23,12 @@ from operator import itemgetter
 import torch
 from matplotlib.ticker import NullLocator
 from torch.nn.utils import get_total_norm
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 import train_mnist
 from ebflow import cnn_flow, fc_flow
 from experiments import command_line, completed, machine, panels
-from experiments.speed import Operations, interleaved
 from losses import OBJECTIVES
 from support import plots, processes
 from support.fast import accelerated, fast_products
@@ -46,6 +49,18 @@ FORMULAS = flop_registry | {
 }
 
 
+class Operations(TorchDispatchMode):
+    """Adds up the operations of what FORMULAS know. (torch's FlopCounterMode fails on the ∇_x in a loss.)"""
+
+    total = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if function.overloadpacket in FORMULAS:
+            self.total += FORMULAS[function.overloadpacket](*args, **(kwargs or {}), out_val=out)
+        return out
+
+
 def make_gradient(arch, loss, flow):
     """The settings, and (B, *shape) -> the loss, (), which leaves the gradient in p.grad."""
     s = train_mnist.Settings(arch=arch, loss=loss, model_samples=BATCH_SIZE)
@@ -63,9 +78,27 @@ def count_operations(arch, shape, loss):
     """Operations of the objective and its gradient; nothing is computed."""
     with torch.device("meta"):
         flow = BUILD[arch](shape)
-    with Operations(FORMULAS) as counted:
+    with Operations() as counted:
         make_gradient(arch, loss, flow)[1](torch.randn(BATCH_SIZE, *flow.shape, device="meta"))
     return counted.total
+
+
+def interleaved(steps, device, seconds, rounds=30):
+    """Seconds of each step: the median over rounds in which they take turns, so slow moments hit all of them.
+
+    At least three rounds count, the first does not.   {name: () -> None} -> {name: float}
+    """
+    times = {name: [] for name in steps}
+    for n in range(1 + rounds):
+        begin = time.perf_counter() if n < 2 else begin
+        if n < 4 or time.perf_counter() - begin < seconds:
+            for name, step in steps.items():
+                start = time.perf_counter()
+                step()
+                if device.type == "cuda":
+                    torch.cuda.synchronize()
+                times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(t[1:]) for name, t in times.items()}
 
 
 def measure(arch, shape, device, seconds):
@@ -85,7 +118,7 @@ def measure(arch, shape, device, seconds):
         steps[loss] = fast_products(loss)(partial(step, accelerated(gradient, parameters, s)))
     return [{"arch": arch, "channels": shape[0], "side": shape[1], "D": math.prod(shape), "loss": loss,
              "operations": count_operations(arch, shape, loss), "ms": 1e3 * median}
-            for loss, median in interleaved(steps, 30, device, calls=1, seconds=seconds).items()]
+            for loss, median in interleaved(steps, device, seconds).items()]
 
 
 def slope(rows, key):

@@ -23,14 +23,13 @@ from conftest import checkpoint
 from data import dequantize, load_images
 from densities import TOYS
 from experiments import (ablation, bumps, completed, explain, idea, imputation, mass, passed_on, read_metrics,
-                         runtime, sheet, speed, starts, tables)
+                         runtime, sheet, starts, tables)
 from layers import FullyConnected, Logit, Standardize
 from losses import OBJECTIVES
 from support import plots
 from support.run import RunError
 
 CPU = torch.device("cpu")
-IMAGES = torch.arange(500 * 64).mul(37).remainder(256).to(torch.uint8).view(500, 1, 8, 8)
 RESULTS = Path(__file__).parent.parent / "results"
 SMALL = ["--epochs", "2", "--batch-size", "50", "--normalize", "center", "--sml-steps", "0", "--device", "cpu"]
 
@@ -223,7 +222,7 @@ def test_each_mask_hides_what_its_name_says_and_the_error_is_of_hidden_pixels_an
 
 def test_determinants_and_solves_are_counted_by_their_textbook_formulas():
     def count(function):
-        with speed.Operations(runtime.FORMULAS) as counted:
+        with runtime.Operations() as counted:
             function()
         return counted.total
 
@@ -321,52 +320,11 @@ def test_the_picture_of_the_readme_shows_recorded_times_and_the_model_before_and
     assert measured["machine"] in [text.get_text().replace("\n", " ") for text in times.texts]
 
 
-@pytest.mark.parametrize("loss, count", [("ml", 5), ("sml", 10), ("ssm", 22), ("dsm", 11), ("fdssm", 5)])  # 3B rows
-def test_the_floor_repeats_the_products_of_a_step(loss, count):
-    repeat = speed.floor(lambda *where: speed.step_of_images("fc", loss, IMAGES, 20, *where), CPU)
-    with speed.Operations() as products:
-        repeat()
-    assert len(products.calls) == count
-
-
-@pytest.mark.parametrize("arch", ["fc", "cnn", "glow", "toy"])
-def test_the_plain_step_takes_the_gradient_of_the_step_here(monkeypatch, arch):
-    monkeypatch.setattr(speed.train_mnist, "track_moments", lambda *args, **named: None)
-    norms, total = [], speed.get_total_norm  # Adam's step hides the scale of a gradient
-    for module in (speed, speed.train_mnist, speed.train_toy):
-        monkeypatch.setattr(module, "get_total_norm", lambda grads: norms.append(total(grads)) or norms[-1])
-    for kind in ("plain", "here"):
-        torch.manual_seed(0)
-        step = (speed.step_of_toys("dsm", 16, kind, CPU) if arch == "toy" else
-                speed.step_of_images(arch, "dsm", IMAGES, 16, kind, CPU))
-        step()  # which here draws noise for the last actnorm, too
-        torch.manual_seed(1)
-        step()
-    torch.testing.assert_close(norms[1], norms[3], rtol=1e-3, atol=0)
-
-
-def test_the_time_of_a_step_is_the_median_over_blocks_of_ten_without_the_first_call(monkeypatch):
-    calls, blocks = [], iter([90.0, 7.0, 1.0, 3.0])
-    monkeypatch.setattr(speed, "timed", lambda function, device: (function(), next(blocks))[1])
-    assert speed.interleaved({"step": lambda: calls.append(1)}, 3, CPU) == {"step": 0.3}
-    assert len(calls) == 1 + 3 * 10
-
-
-def test_the_parts_of_a_step_have_their_names():
-    A = torch.randn(300, 300)
-    ms = speed.profiled(lambda: (A @ A, torch.linalg.slogdet(A), A.clone(), A.sin()))
-    assert all(t > 0 for t in ms.values()) and ms["factorisations"] > ms["copies"]
-    assert speed.profiled(lambda: A @ A)["factorisations"] == 0
-
-
-def test_the_table_of_speed_has_a_row_for_each_objective_and_ratios_of_its_times(capsys):
-    speed.main(["--shape", "1", "8", "8", "--batch-size", "8", "--repeats", "1", "--kinds", "plain", "here",
-                "--device", "cpu"])
-    _, head, *rows = capsys.readouterr().out.splitlines()
-    assert head == "| objective | plain | here | plain / here | here / floor |" and len(rows) == len(OBJECTIVES)
-    for row in rows:
-        plain, here, ratio, over_floor = map(float, row.strip(" |").split(" | ")[1:])
-        assert ratio == pytest.approx(here / plain, rel=0.05) and over_floor > 1
+def test_the_time_of_a_step_is_the_median_over_rounds_without_the_first(monkeypatch):
+    calls, clock = [], iter([0, 0, 90, 90, 90, 97, 97, 98, 98, 101])  # a round takes 90, 7, 1, 3 seconds
+    monkeypatch.setattr(runtime.time, "perf_counter", lambda: next(clock))
+    assert runtime.interleaved({"step": lambda: calls.append(1)}, CPU, 1, rounds=3) == {"step": 3}
+    assert len(calls) == 4
 
 
 def test_the_spread_of_draws_is_their_median_distance_and_their_widest_direction():
