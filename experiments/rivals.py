@@ -11,10 +11,8 @@ the gradient of the loss at its output xWᵀ + b:
               ½(Wᵀ - (δW)ᵀ(xWᵀ)), and λ E‖R(Wx) - x‖², with x held constant, ties the two together (Keller et al. 2021)
     ssm, dsm  as in `losses.py`
 
-All start from whitened pixels; the time to whiten counts. A batch has 200 images, for ssm and dsm 100.
-
-The NLL is exact, that of the averaged parameters, and computed outside the measured time. Writes results/rivals.json
-after every run, and continues from it; then rivals.png. Prints the table of docs/results.md.
+All start from whitened pixels; the time to whiten counts. A batch has 200 images, for ssm and dsm 100. The NLL is that
+of the averaged parameters, computed outside the measured time.
 
 Time: three minutes on two cores, without evaluation.
 """
@@ -23,7 +21,6 @@ import copy
 import math
 import statistics
 import time
-from dataclasses import replace
 from functools import partial
 
 import torch
@@ -31,13 +28,12 @@ import torch.nn as nn
 from matplotlib.ticker import LogLocator, NullFormatter
 from torch.autograd.function import once_differentiable
 
-import losses
 import train_mnist
 from data import MNIST, DataError, digest, load_images
 from ebflow import EBFlow
 from experiments import command_line, completed, panels
 from layers import FullyConnected
-from support import plots, processes, settings
+from support import plots, settings
 from support.optimization import cosine
 from support.run import one_line_errors
 
@@ -95,27 +91,25 @@ class RelativeLayer(FullyConnected):
 
 
 class SelfNormalizingLayer(FullyConnected):
-    """A learnt R for W⁻¹. Where a gradient is taken, the log-determinant's are ½Rᵀ for W and -½Wᵀ for R."""
+    """A learnt R for W⁻¹. Where a gradient is taken, the log-determinant's are ½Rᵀ for W and -½Wᵀ for R.
+
+    E‖R(Wx) - x‖² over the last batch is taken off it there, so maximum likelihood adds it to the loss (λ = 1).
+    """
 
     def __init__(self, dim, diagonal=1.0, bias=0.0):
         super().__init__(dim, diagonal, bias)
         self.R = nn.Parameter(torch.linalg.inv(self.weight.detach()))
 
     def forward(self, x):
-        constant = x.detach()  # reconstruction: E‖R(Wx) - x‖²
+        constant = x.detach()
         self.reconstruction = (constant @ self.weight.T @ self.R.T - constant).square().sum(1).mean()
         return SelfNormalizingLinear.apply(x, self.weight, self.R, self.bias)
 
     def log_abs_det(self, shape):
+        if not torch.is_grad_enabled():
+            return super().log_abs_det(shape)
         W, R = self.weight, self.R
-        surrogate = 0.5 * ((W * R.detach().T).sum() - (R * W.detach().T).sum())
-        return surrogate if torch.is_grad_enabled() else super().log_abs_det(shape)
-
-
-def self_norm(flow, x, lam=1.0, **_):
-    """E[ -log p(x) ] + λ E‖R(Wx) - x‖², summed over the fully-connected layers.   -> ()"""
-    loss = losses.ml(flow.log_prob, x)
-    return loss + lam * sum(layer.reconstruction for layer in flow.layers if isinstance(layer, SelfNormalizingLayer))
+        return 0.5 * ((W * R.detach().T).sum() - (R * W.detach().T).sum()) - self.reconstruction
 
 
 KINDS = {"relative": RelativeLayer, "self-norm": SelfNormalizingLayer}
@@ -124,39 +118,31 @@ COLORS = plots.COLORS | dict(zip(KINDS, plots.OTHERS[2:]))
 
 # ---- Training --------------------------------------------------------------------------------------------------------
 
-def train(name, flags, every, splits, device, steps):
-    """One run of a method.   -> {"curve": [(step, seconds, validation NLL)]}
-
-    flags   of train_mnist.py: for pixels, flow, batches, noise, learning rate and seed, no others
-    every   steps of a stretch, after which the model is evaluated; `steps` is a multiple
-    """
+def train(name, flags, splits):
+    """One run of a method, with these flags of train_mnist.py.   -> {"curve": [(step, seconds, validation NLL)]}"""
     loss, _ = METHODS[name]
     s = settings.parse(train_mnist.Settings, ["--loss", loss, *PLAIN[loss], *flags])
-    train_set, val_set = (split.to(device) for split in splits[:2])
     torch.manual_seed(s.seed)
     start = time.perf_counter()
     pre, flow = train_mnist.build(s, splits[0])
-    seconds = time.perf_counter() - start if s.normalize == "whiten" else 0.0
+    seconds = time.perf_counter() - start
     if name in KINDS:
         flow = EBFlow([KINDS[name](*flow.shape, s.diagonal, s.bias) if isinstance(layer, FullyConnected) else layer
                        for layer in flow.layers], flow.shape)
-    model = EBFlow([*pre.layers, *flow.layers], pre.shape).to(device)
-    averaged = copy.deepcopy(model)                                    # θ̃ of EMA
-    losses.OBJECTIVES.update({"relative": losses.OBJECTIVES["ml"], "self-norm": self_norm})
-    step, optimizer = train_mnist.make_step(replace(s, loss=name), pre, flow, model, averaged)
-    curve = []
-    for stretch in range(steps // every + 1):
-        if stretch:                                                    # stretch 0 shows what the start alone is worth
-            torch.manual_seed(1_000_003 * s.seed + stretch)
-            first, start = (stretch - 1) * every, time.perf_counter()
-            order = torch.randperm(len(train_set), device=device).split(s.batch_size)
-            for n, index in zip(range(first, first + every), order):
-                optimizer.param_groups[0]["lr"] = s.lr * cosine(n / steps)
-                figures = step(train_set[index], n)
-            figures["loss"].item()                                     # waits for a GPU
+    model = EBFlow([*pre.layers, *flow.layers], pre.shape)
+    averaged, curve = copy.deepcopy(model), []                         # θ̃ of EMA
+    step, optimizer = train_mnist.make_step(s, pre, flow, model, averaged)
+    for done in range(0, STEPS + 1, EVERY):
+        if done:                                                       # the first point shows what the start is worth
+            torch.manual_seed(1_000_003 * s.seed + done // EVERY)
+            start = time.perf_counter()
+            order = torch.randperm(len(splits[0])).split(s.batch_size)
+            for n, index in zip(range(done - EVERY, done), order):
+                optimizer.param_groups[0]["lr"] = s.lr * cosine(n / STEPS)
+                step(splits[0][index], n)
             seconds += time.perf_counter() - start
-        nll = train_mnist.evaluate("val", averaged, val_set)["val_nll"]
-        curve.append((stretch * every, round(seconds, 6), round(nll, 3)))
+        nll = train_mnist.evaluate("val", averaged, splits[1])["val_nll"]
+        curve.append((done, round(seconds, 6), round(nll, 3)))
     return {"curve": curve}
 
 
@@ -185,11 +171,6 @@ def rows(runs):
         yield "| " + " | ".join(cells) + " |"
 
 
-def plain(axis):
-    """Ticks of a logarithmic axis at 1, 2, 5, 10 …, in plain numbers."""
-    axis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:,g}", minor_formatter=NullFormatter())
-
-
 def picture(runs):
     """Validation NLL against time and against steps: a line for each method."""
     figure, [row_of_axes] = panels(1, 2, 9, 3.9, sharey=True)
@@ -199,7 +180,8 @@ def picture(runs):
             axes.plot([offset + scale * step for step, _, _ in curve[1:]], [nll for _, _, nll in curve[1:]],
                       color=COLORS[name], label=name)
         axes.set(xlabel=label, xscale="log")
-        plain(axes.xaxis)
+        axes.xaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:,g}",
+                       minor_formatter=NullFormatter())
     row_of_axes[0].set_ylabel("validation NLL (nats)")
     row_of_axes[0].legend()
     figure.suptitle("two-layer flow on whitened MNIST; batches of 200, for ssm and dsm of 100")
@@ -207,13 +189,13 @@ def picture(runs):
 
 
 def main(argv=None):
-    a = command_line(__doc__, "--device", "--results").parse_args(argv)
-    with one_line_errors(DataError), processes.joined(a.device) as (device, *_):
+    a = command_line(__doc__, "--results").parse_args(argv)
+    with one_line_errors(DataError):
         splits, path = load_images(MNIST), a.results / "rivals.json"
-        jobs = {name: partial(train, name, ["--normalize", "whiten", "--lr", str(lr)], EVERY, splits, device, STEPS)
+        jobs = {name: partial(train, name, ["--normalize", "whiten", "--lr", str(lr)], splits)
                 for name, (_, lr) in METHODS.items()}
-        runs = completed(path, jobs, command="python -m experiments.rivals", methods=METHODS, device=str(device),
-                         steps=STEPS, every=EVERY, images=digest(splits), seed=0)
+        runs = completed(path, jobs, command="python -m experiments.rivals", methods=METHODS, steps=STEPS, every=EVERY,
+                         images=digest(splits), seed=0)
         plots.save(path.with_suffix(".png"), picture(runs))
         print(*rows(runs), sep="\n")
 
