@@ -11,8 +11,8 @@ import train_ebm
 import train_mnist
 import train_toy
 from ebflow import cnn_flow
-from experiments import (ablation, balanced, bumps, colour, epochs, mass, outliers, points, rivals, runtime, starts,
-                         tables, unbalanced)
+from experiments import (ablation, balanced, bumps, colour, determinant, epochs, mass, outliers, points, rivals,
+                         runtime, starts, tables, unbalanced)
 from losses import OBJECTIVES
 from support.settings import parse
 
@@ -202,6 +202,7 @@ TABLES = {
     "colour": lambda: colour.rows(result("colour.json")["runs"]),
     "epochs": lambda: epochs.rows(result("epochs.json")["runs"]),
     "outliers": lambda: outliers.rows(result("outliers.json")["runs"]),
+    "determinant": lambda: determinant.rows(result("determinant.json")["by_dimension"]),
     "points": lambda: points.rows(result("points.json")["runs"]),
 }
 
@@ -232,13 +233,6 @@ def test_the_table_of_imputation_holds_the_recorded_numbers(loss):
 def test_the_results_of_the_linear_masks_are_the_recorded_ones():
     for nlls in result("linear-masks.json")["nll"].values():
         assert f" | {sum(nlls) / len(nlls):.1f} |" in RESULTS
-
-
-def test_the_table_of_the_determinant_holds_the_recorded_numbers():
-    rows = result("determinant.json")["by_dimension"]
-    for q in ("isotropic", "diagonal", "fitted"):
-        cells = " | ".join(f"{row['rmse']:.4f}" for row in rows if row["q"] == q and row["D"] in (8, 32, 128, 512))
-        assert f"| {q} | {cells} |" in RESULTS
 
 
 def test_the_tour_says_of_its_pictures_what_was_recorded():
