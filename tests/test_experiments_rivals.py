@@ -84,7 +84,7 @@ def test_both_experiments_run_and_the_error_of_the_determinant_is_the_predicted_
             monkeypatch.setattr(module, name, value)
         module.main(["--results", str(tmp_path)])
     result = read(tmp_path / "linear-masks.json")
-    assert len(result["nll"]) == 4 and all(nll > result["entropy"] for [nll] in result["nll"].values())
+    assert len(result["curves"]) == 4 and all(run[-1] > result["entropy"] for [run] in result["curves"].values())
     result = read(tmp_path / "determinant.json")
     assert len(result["by_dimension"]) == 6
     for row in result["by_dimension"]:
