@@ -88,16 +88,17 @@ def interleaved(steps, device, seconds, rounds=30):
 
     At least three rounds count, the first does not.   {name: () -> None} -> {name: float}
     """
-    times = {name: [] for name in steps}
+    times, end = {name: [] for name in steps}, None
     for n in range(1 + rounds):
-        begin = time.perf_counter() if n < 2 else begin
-        if n < 4 or time.perf_counter() - begin < seconds:
-            for name, step in steps.items():
-                start = time.perf_counter()
-                step()
-                if device.type == "cuda":
-                    torch.cuda.synchronize()
-                times[name].append(time.perf_counter() - start)
+        for name, step in steps.items():
+            start = time.perf_counter()
+            step()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            times[name].append(time.perf_counter() - start)
+        end = end or time.perf_counter() + seconds
+        if n >= 3 and time.perf_counter() > end:
+            break
     return {name: statistics.median(t[1:]) for name, t in times.items()}
 
 
@@ -122,28 +123,20 @@ def measure(arch, shape, device, seconds):
 
 
 def slope(rows, key):
-    """The exponent of D in `key`, by least squares on the logarithms; None for fewer than three sizes."""
-    points = [(math.log(row["D"]), math.log(row[key])) for row in rows]
-    return statistics.linear_regression(*zip(*points)).slope if len(points) > 2 else None
-
-
-def series(rows):
-    """The sizes that one line joins, by architecture, objective and, for cnn, channels.   -> {(str, str, str): rows}"""
-    lines = {}
-    for row in sorted(rows, key=itemgetter("D")):
-        channels = {1: "1 channel", 3: "3 channels"}[row["channels"]] if row["arch"] == "cnn" else ""
-        lines.setdefault((row["arch"], row["loss"], channels), []).append(row)
-    return lines
+    """The exponent of D in `key`, by least squares on the logarithms."""
+    return statistics.linear_regression(*zip(*((math.log(row["D"]), math.log(row[key])) for row in rows))).slope
 
 
 def panel(axes, rows, key):
     """`key` against D on logarithmic axes: a line for each objective, dotted for 3 channels, with the exponent of D."""
-    lines = series(rows)
-    for (arch, loss, channels), sizes in lines.items():
-        powers = [slope(lines[other], key) for other in lines if other[:2] == (arch, loss)]
-        label = ", ".join([loss, *(f"$D^{{{power:.2f}}}$" for power in powers if power)])
-        axes.loglog([row["D"] for row in sizes], [row[key] for row in sizes], "s:" if "3" in channels else "o-", ms=4,
-                    color=plots.COLORS[loss], label="_" * ("3" in channels) + label)
+    kinds = [(1,), (3,)] if rows[0]["arch"] == "cnn" else [(1, 3)]  # channels whose sizes one line joins
+    for loss in dict.fromkeys(row["loss"] for row in rows):
+        lines = [sorted((row for row in rows if row["loss"] == loss and row["channels"] in channels),
+                        key=itemgetter("D")) for channels in kinds]
+        label = ", ".join([loss, *(f"$D^{{{slope(line, key):.2f}}}$" for line in lines)])
+        for line, style in zip(lines, ("o-", "s:")):
+            axes.loglog([row["D"] for row in line], [row[key] for row in line], style, ms=4, color=plots.COLORS[loss],
+                        label=label if style == "o-" else None)
     D = sorted({row["D"] for row in rows})
     axes.set_xticks(D, [f"{size:,}" for size in D], fontsize="small")
     axes.xaxis.set_minor_locator(NullLocator())
@@ -184,9 +177,6 @@ def main(argv=None):
         rows = [row for size in runs.values() for row in size]
         plots.save(path.with_suffix(".png"), picture(rows, machine()))
         print(*table(rows), sep="\n")
-        for name, sizes in series(rows).items():
-            exponents = {key: slope(sizes, key) for key in ("operations", "ms")}
-            print(*name, *(f"{key} ∝ D^{x:.2f}" for key, x in exponents.items() if x))
 
 
 if __name__ == "__main__":
