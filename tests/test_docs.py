@@ -194,8 +194,7 @@ TABLES = {
                                        {arch: result(f"mnist-{arch}.json") for arch in ("fc", "cnn", "glow")}),
     "ablation": lambda: ablation.rows(result("ablation-fc.json")["runs"]),
     "toys": lambda: tables.toy_rows(result("toys.json")["rows"]),
-    "balanced": lambda: balanced.rows({name: row for name, row in result("balanced.json")["runs"].items()
-                                       if row["dim"] in (2, 16, 64)}),
+    "balanced": lambda: balanced.rows(result("balanced.json")["runs"]),
     "unbalanced": lambda: unbalanced.rows(result("unbalanced.json")["runs"]),
     "runtime": lambda: runtime.table([row for row in steps() if row["D"] in (256, 3072)]),
     "rivals": lambda: rivals.rows(result("rivals.json")["runs"]),
