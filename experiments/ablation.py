@@ -4,9 +4,8 @@
 
 Trains FC by ssm, dsm and fdssm, with MaP and without it, for three seeds. After the last epoch it computes the test NLL
 of the parameters and that of their moving average. Without MaP the objective sees x in [0, 256)^D. Then σ and ξ are in
-grey levels, and the derivative of the first layers, 1/x near 0, is part of the score. Writes results/ablation-fc.json
-after every run, and continues from it; then ablation.png, the norm of the gradient during training. Prints the table of
-docs/results.md. Source: Chao et al. (2023), the ablation of EMA and MaP.
+grey levels, and the derivative of the first layers, 1/x near 0, is part of the score. The record is ablation-fc.json,
+the picture has the norm of the gradient during training. Source: Chao et al. (2023), the ablation of EMA and MaP.
 
 Time: a quarter of an hour on one core.
 """

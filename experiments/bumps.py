@@ -3,8 +3,7 @@
     python -m experiments.bumps
 
 An energy on the line (a network of two layers of 64, and x²/50) learns them by 2,000 steps of dsm with σ = 0.3, then by
-50 steps of sml. The density is normalised on a grid, from which the samples for sml are drawn, too. Writes
-results/bumps.json and .png, and prints the mass of the right bump for each seed. ours.
+50 steps of sml. The density is normalised on a grid, from which the samples for sml are drawn, too. ours.
 
 Time: ten seconds.
 """

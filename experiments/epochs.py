@@ -5,7 +5,6 @@
 Each cell is a process of its own with one thread. It takes steps of its recipe on random images, and tells the time of
 a step, by the clock of its processor, and the most memory that it held, without a data set. An epoch has 50,000 images
 of 28 × 28 or 40,000 of 3 × 32 × 32. One more cell is FC by dsm on 3 × 64 × 64, batch 10, as for the paper's Figure 5.
-Writes results/epochs.json.
 
 Time: ten minutes on one core.
 """

@@ -4,8 +4,7 @@
 
 The layers are those of the default run of train_mnist.py. The times are those of results/runtime-cpu.json, and the
 exponents are fitted to them. The density is the swirl of train_toy.py: the run of seed 0 of `python -m
-experiments.tables --arch toy` under runs/. Writes results/idea.json, with the divergences before training, after dsm
-and after the steps of sml, and results/idea.png.
+experiments.tables --arch toy`. The record has its divergences before training, after dsm and after the steps of sml.
 
 Time: three minutes on one core.
 """

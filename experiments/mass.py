@@ -9,8 +9,7 @@ in coordinates in which the training images have mean 0 and covariance I:
     median   of the distance to the mean, divided by √D, over 2,000 draws
     widest   the largest root mean square in one direction, divided by that of 2,000 images
 
-Writes results/mass.json after every run, and continues from it; then results/mass.png, draws of each flow from the same
-noise. Prints the table of docs/results.md. ours.
+The picture has draws of each flow from the same noise. ours.
 
 Time: ten minutes a seed on two cores.
 """

@@ -4,11 +4,9 @@
 
 The flows are fully connected and convolutional. The images are random, with 16 to 64 pixels a side and one or three
 channels. A step is objective, gradient and optimiser. Operations are counted on the device `meta`, where nothing is
-computed: products and convolutions by torch's own formulas, factorisations and solves by those below.
-
-Writes results/runtime-DEVICE.json after every size, and continues from it; then results/runtime-DEVICE.png, with the
-slopes of straight lines fitted to the logarithms. Prints the tables of docs/results.md. Source: Chao et al. (2023), the
-runtime comparison.
+computed: products and convolutions by torch's own formulas, factorisations and solves by those below. The record is
+runtime-DEVICE.json. The picture has the slopes of straight lines fitted to the logarithms. Source: Chao et al. (2023),
+the runtime comparison.
 
 Time: three minutes on two cores.
 """

@@ -2,9 +2,8 @@
 
     python -m experiments.starts
 
-Trains under runs/, and continues runs that were stopped. No run has steps of sml. Writes results/starts.json, and
-starts.png, NLL against epochs. Prints the table of docs/results.md. In its last column the last actnorm is as training
-left it, at the moments of noisy images, and not set to those of clean ones. ours.
+No run has steps of sml. In the last column of the table the last actnorm is as training left it, at the moments of
+noisy images, and not set to those of clean ones. ours.
 
 Time: a quarter of an hour on one core.
 """

@@ -5,9 +5,8 @@
     python -m experiments.tables --arch toy --compile          three densities in the plane, three seeds
     python -m experiments.tables --paper runs/mnist-fc-dsm     reads finished runs of train_mnist.py --paper
 
-Trains under runs/, and continues runs that were stopped. Writes and prints the table of docs/results.md:
-results/mnist-ARCH.json, for FC with a picture of NLL against epochs; or results/toys.json and .png, the densities of
-seed 0; or results/paper.json, whose runs stay.
+The record is mnist-ARCH.json, for FC with a picture of NLL against epochs; or toys.json, with the densities of seed 0;
+or paper.json, whose other runs stay.
 
 Time: on one core 30 minutes with fc, 40 with cnn, 70 with glow, an hour and a half with toy.
 """
