@@ -20,7 +20,7 @@ import train_mnist
 import train_toy
 from densities import TOYS
 from ebflow import EBFlow
-from experiments import command_line, machine, passed_on, record, runtime, trained
+from experiments import command_line, machine, record, runtime, trained
 from layers import LinearLayer
 from support import plots, settings
 from support.run import one_line_errors
@@ -108,9 +108,8 @@ def main(argv=None):
     a, flags = command_line(__doc__, "--runs", "--results", passes="train_toy.py").parse_known_args(argv)
     own, out = "--data swirl --loss dsm --seed 0 --sml-steps 100".split(), a.runs / "toys-0" / "swirl-dsm"
     with one_line_errors():
-        passed_on(train_toy.Settings, own, flags)  # before a file is looked at
-        measured = json.loads((a.results / "runtime-cpu.json").read_text())
         s, metrics = trained(train_toy, own, out, flags)
+        measured = json.loads((a.results / "runtime-cpu.json").read_text())
         kl = {"start_val_kl": metrics[0]["val_kl"]} | {k: metrics[-1][k] for k in ("before_sml_test_kl", "test_kl")}
         before, dsm, sml = kl.values()
         titles = ("truth p\nand its score ∇log p", f"model before training\nKL {before:.2f} nats",

@@ -38,7 +38,7 @@ def spread(z):
 
 
 def measure(own, out, whitened, images):
-    """Trains a flow.   -> dict: NLLs, median and widest of its draws and of the images, minutes, draws as bytes in hex
+    """Trains a flow.   -> dict: NLLs, median and widest of its draws and of the images, draws as bytes in hex
 
     whitened  a run whose pre-processing whitens; the flow by ml has the first three of these layers, and no whitening
     """
@@ -51,7 +51,7 @@ def measure(own, out, whitened, images):
     (median, widest), (own_median, own_widest) = spread(z if k == 4 else pre[3](z)), spread(
         EBFlow(pre, flow.shape)(dequantize(images[:2000]).flatten(1)))
     return {"val_nll": metrics[-1]["best_val_nll"], "test_nll": metrics[-1]["test_nll"], "median": median,
-            "images_median": own_median, "widest": widest / own_widest, "minutes": metrics[-1]["seconds"] / 60,
+            "images_median": own_median, "widest": widest / own_widest,
             "draws": bytes(x.clamp(0, 255).byte().flatten().tolist()).hex()}
 
 
@@ -65,8 +65,7 @@ def rows(runs):
 
 
 def main(argv=None):
-    parser = command_line(__doc__, "--seeds", "--runs", "--results")
-    a = parser.parse_args(argv)
+    a = command_line(__doc__, "--seeds", "--runs", "--results").parse_args(argv)
     with one_line_errors(DataError):
         images, jobs = load_images(MNIST)[2], {}
         for seed, cell in product(range(a.seeds), CELLS):

@@ -45,14 +45,13 @@ def mnist(a, flags):
     """Images by our recipes."""
     table, curves = {}, {}
     for loss in OBJECTIVES:
-        own = ["--loss", loss, "--arch", a.arch]
+        own = ["--loss", loss, *["--arch", a.arch] * (a.arch != "fc")]
         s, curves[loss] = trained(train_mnist, own, a.runs / f"mnist-{a.arch}-{loss}", flags)
         first, last = curves[loss][0], curves[loss][-1]
-        command = " ".join(["python train_mnist.py", *(own[:2] if a.arch == "fc" else own), *flags])
         table[loss] = {"start_val_nll": first["val_nll"], "val_nll": last["best_val_nll"], "test_nll": last["test_nll"],
-                       "before_sml": last.get("before_sml_test_nll"), "test_bpd": last["test_bpd"],
-                       "minutes": last["seconds"] / 60, "epochs": s.epochs, "best_epoch": last["best_epoch"],
-                       "seed": s.seed, "command": command, "machine": machine()}
+                       "before_sml": last.get("before_sml_test_nll"), "test_bpd": last["test_bpd"], "epochs": s.epochs,
+                       "best_epoch": last["best_epoch"], "seed": s.seed, "machine": machine(),
+                       "command": " ".join(["python train_mnist.py", *own, *flags])}
     if a.arch == "fc":
         plots.save(a.results / "mnist-fc.png", nll_curves(curves, table))
     record(a.results / f"mnist-{a.arch}.json", table)
@@ -128,12 +127,9 @@ def toys(a, flags):
         _, metrics = trained(train_toy, ["--data", toy, "--seed", str(seed), *own[cell]],
                              a.runs / f"toys-{seed}" / f"{toy}-{cell.split()[-1]}", flags)
         lasts[toy, cell].append(metrics[-1])
-    table = []
-    for (toy, cell), last in lasts.items():
-        row = {"data": toy, "cell": cell, "minutes": statistics.mean(r["seconds"] for r in last) / 60}
-        for name in FIGURES:
-            row[name] = interval([r.get(name, r[name.removeprefix("before_sml_")]) for r in last])
-        table.append(row)
+    table = [{"data": toy, "cell": cell} | {name: interval([r.get(name, r[name.removeprefix("before_sml_")])
+                                                            for r in last]) for name in FIGURES}
+             for (toy, cell), last in lasts.items()]
     flows = {(toy, loss): train_toy.load(a.runs / "toys-0" / f"{toy}-{loss}") for toy in TOYS for loss in OBJECTIVES}
     plots.save(a.results / "toys.png", grid(flows, {cell: last[0]["test_kl"] for cell, last in lasts.items()}))
     command = ["python -m experiments.tables --arch toy --seeds", str(a.seeds), *flags]

@@ -109,7 +109,7 @@ def test_the_table_of_mnist_has_what_the_runs_measured_and_trains_nothing_twice(
             metrics[0]["val_nll"], best["val_nll"], best["epoch"], metrics[-1]["test_nll"], 2)
     assert capsys.readouterr().out.splitlines()[-2:] == tables.mnist_rows(table)
     tables.main(flags)
-    assert saved(tmp_path / "a" / "results" / "mnist-fc.json") == table  # the minutes, too
+    assert saved(tmp_path / "a" / "results" / "mnist-fc.json") == table
 
 
 def test_the_table_of_the_toys_has_the_mean_over_seeds_and_the_picture_seed_0(tmp_path, capsys, monkeypatch):
