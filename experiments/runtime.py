@@ -33,15 +33,14 @@ from support.fast import accelerated, fast_products
 from support.optimization import trainable
 from support.run import one_line_errors
 
-BATCH_SIZE = 32
+BATCH_SIZE, ROUNDS, SECONDS = 32, 30, 8  # at most for all steps of one size, but at least three rounds
 BUILD = {"fc": lambda shape: fc_flow(math.prod(shape)), "cnn": lambda shape: cnn_flow(shape, diagonal=0.6)}
 ARCHS = {"fc": "fully connected", "cnn": "convolutional"}
 SIZES = [(1, 16), (1, 24), (3, 16), (1, 32), (3, 24), (1, 48), (3, 32), (1, 64)]  # channels and side, by D
 aten = torch.ops.aten  # an n × n factorisation has ⅔n³ operations, a solve with it 2n² for each right-hand side
 FORMULAS = flop_registry | {
-    aten._linalg_slogdet: lambda A, **_: 2 * A.shape[-1] ** 2 * A.numel() // (3 * A.shape[-1]),
-    aten._linalg_solve_ex: lambda A, B, **_: (
-        2 * A.shape[-1] ** 2 * A.numel() // (3 * A.shape[-1]) + 2 * A.shape[-1] * B.numel()),
+    aten._linalg_slogdet: lambda A, **_: 2 * A.shape[-1] * A.numel() // 3,
+    aten._linalg_solve_ex: lambda A, B, **_: 2 * A.shape[-1] * A.numel() // 3 + 2 * A.shape[-1] * B.numel(),
     aten.linalg_lu_solve: lambda LU, pivots, B, **_: 2 * LU.shape[-1] * B.numel(),
     aten.linalg_solve_triangular: lambda A, B, **_: A.shape[-1] * B.numel(),
 }
@@ -81,26 +80,26 @@ def count_operations(arch, shape, loss):
     return counted.total
 
 
-def interleaved(steps, device, seconds, rounds=30):
+def interleaved(steps, device):
     """Seconds of each step: the median over rounds in which they take turns, so slow moments hit all of them.
 
-    At least three rounds count, the first does not.   {name: () -> None} -> {name: float}
+    The first round does not count.   {name: () -> None} -> {name: float}
     """
     times, end = {name: [] for name in steps}, None
-    for n in range(1 + rounds):
+    for n in range(1 + ROUNDS):
         for name, step in steps.items():
             start = time.perf_counter()
             step()
             if device.type == "cuda":
                 torch.cuda.synchronize()
             times[name].append(time.perf_counter() - start)
-        end = end or time.perf_counter() + seconds
+        end = end or time.perf_counter() + SECONDS
         if n >= 3 and time.perf_counter() > end:
             break
     return {name: statistics.median(t[1:]) for name, t in times.items()}
 
 
-def measure(arch, shape, device, seconds):
+def measure(arch, shape, device):
     """A row for each objective."""
     flow, steps = BUILD[arch](shape).to(device), {}
     x, parameters = torch.randn(BATCH_SIZE, *flow.shape, device=device), trainable(flow)
@@ -117,7 +116,7 @@ def measure(arch, shape, device, seconds):
         steps[loss] = fast_products(loss)(partial(step, accelerated(gradient, parameters, s)))
     return [{"arch": arch, "channels": shape[0], "side": shape[1], "D": math.prod(shape), "loss": loss,
              "operations": count_operations(arch, shape, loss), "ms": 1e3 * median}
-            for loss, median in interleaved(steps, device, seconds).items()]
+            for loss, median in interleaved(steps, device).items()]
 
 
 def slope(rows, key):
@@ -165,10 +164,9 @@ def table(rows):
 def main(argv=None):
     parser = command_line(__doc__, "--device", "--results")
     parser.add_argument("--archs", nargs="+", choices=["fc", "cnn"], default=["fc", "cnn"])
-    parser.add_argument("--seconds", type=float, default=8.0, help="for all steps of one size")
     a = parser.parse_args(argv)
     with one_line_errors(), processes.joined(a.device) as (device, *_):
-        jobs = {f"{arch} {c}×{side}×{side}": partial(measure, arch, (c, side, side), device, a.seconds)
+        jobs = {f"{arch} {c}×{side}×{side}": partial(measure, arch, (c, side, side), device)
                 for (c, side), arch in product(SIZES, a.archs)}
         path = a.results / f"runtime-{device.type}.json"
         runs = completed(path, jobs, command="python -m experiments.runtime", batch_size=BATCH_SIZE)

@@ -524,7 +524,7 @@ CHANGES = [
     ("experiments/imputation.py", "model.layers[:3], model.layers[3:]", "model.layers[:4], model.layers[4:]",
      "experiments imputation"),
     ("experiments/imputation.py", "guess = draws.mean(0)", "guess = draws[0]", "experiments imputation"),
-    ("experiments/runtime.py", "A.numel() // (3 * A.shape[-1]) + 2", "A.numel() // (3 * A.shape[-1]) + 1",
+    ("experiments/runtime.py", "A.numel() // 3 + 2", "A.numel() // 3 + 1",
      "experiments textbook"),
     ("experiments/runtime.py", "slope(line, key)", "slope(line, 'operations')", "experiments picture_of_the_runtime"),
     ("experiments/idea.py", "-1 if linear else 1", "1 if linear else -1", "experiments diagram"),

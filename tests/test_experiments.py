@@ -254,7 +254,8 @@ def test_runtime_prints_the_time_of_each_size_and_objective(tmp_path, capsys, mo
     monkeypatch.setattr(runtime, "picture", lambda *_: Figure(figsize=(1, 1)))  # the next test looks at it
     monkeypatch.setattr(runtime, "SIZES", [(1, 4), (3, 4)])
     monkeypatch.setattr(runtime, "BATCH_SIZE", 4)
-    runtime.main(["--seconds", "0", "--results", str(tmp_path), "--device", "cpu"])
+    monkeypatch.setattr(runtime, "SECONDS", 0)
+    runtime.main(["--results", str(tmp_path), "--device", "cpu"])
     sizes = saved(tmp_path / "runtime-cpu.json")["runs"]
     assert [*sizes] == ["fc 1×4×4", "cnn 1×4×4", "fc 3×4×4", "cnn 3×4×4"]
     ms = {row["loss"]: row["ms"] for row in sizes["fc 3×4×4"]}
@@ -323,7 +324,8 @@ def test_the_picture_of_the_readme_shows_recorded_times_and_the_model_before_and
 def test_the_time_of_a_step_is_the_median_over_rounds_without_the_first(monkeypatch):
     calls, clock = [], iter([0, 90, 90, 90, 97, 97, 98, 98, 101, 101])  # a round takes 90, 7, 1, 3 seconds
     monkeypatch.setattr(runtime.time, "perf_counter", lambda: next(clock))
-    assert runtime.interleaved({"step": lambda: calls.append(1)}, CPU, 1, rounds=3) == {"step": 3}
+    monkeypatch.setattr(runtime, "ROUNDS", 3)
+    assert runtime.interleaved({"step": lambda: calls.append(1)}, CPU) == {"step": 3}
     assert len(calls) == 4
 
 
