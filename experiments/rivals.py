@@ -1,4 +1,4 @@
-"""Other ways to train the same flow without its determinants, against exact maximum likelihood and score matching.
+"""The relative gradient, which needs no determinant, against exact maximum likelihood and score matching.
 
     python -m experiments.rivals
 
@@ -7,8 +7,6 @@ the gradient of the loss at its output xWᵀ + b:
 
     ml        exact: the gradient of W is δᵀx - W^{-T}, O(D³)
     relative  that times WᵀW from the right, δᵀ(xWᵀW) - W, all of it O(BD²)   (Gresele et al. 2020)
-    self-norm a learnt R ≈ W⁻¹ of each layer stands in for W⁻¹, and W in turn for R⁻¹: W takes ½(δᵀx - Rᵀ), R takes
-              ½(Wᵀ - (δW)ᵀ(xWᵀ)), and λ E‖R(Wx) - x‖², with x held constant, ties the two together (Keller et al. 2021)
     ssm, dsm  as in `losses.py`
 
 All start from whitened pixels; the time to whiten counts. A batch has 200 images, for ssm and dsm 100. The NLL is that
@@ -24,7 +22,6 @@ import time
 from functools import partial
 
 import torch
-import torch.nn as nn
 from matplotlib.ticker import LogLocator, NullFormatter
 from torch.autograd.function import once_differentiable
 
@@ -40,12 +37,12 @@ from support.run import one_line_errors
 STEPS, EVERY = 1500, 50  # of a run of the comparison, and between evaluations
 LEVELS = (1105, 1080, 1060)  # nats of validation NLL; the table has the time to reach each
 METHODS = {  # objective, and the best of three or four learning rates
-    "ml": ("ml", 3e-3), "relative": ("ml", 3e-3), "self-norm": ("ml", 3e-3), "ssm": ("ssm", 3e-4), "dsm": ("dsm", 3e-4)}
+    "ml": ("ml", 3e-3), "relative": ("ml", 3e-3), "ssm": ("ssm", 3e-4), "dsm": ("dsm", 3e-4)}
 FLOW = "--diagonal 1 --ratio 1 --bend 1.5 --actnorm none".split()  # of score matching, when the rates were chosen
 PLAIN = {"ml": [], "ssm": [*FLOW, "--sigma", "0"], "dsm": [*FLOW, "--sigma", "0.4"]}
 
 
-# ---- The methods: maximum likelihood with other gradients ------------------------------------------------------------
+# ---- Maximum likelihood with the relative gradient -------------------------------------------------------------------
 
 class RelativeLinear(torch.autograd.Function):
     """x Wᵀ + b. The gradient of W comes out times WᵀW from the right, at two products O(BD²): δᵀx WᵀW = δᵀ(xWᵀW)."""
@@ -63,23 +60,6 @@ class RelativeLinear(torch.autograd.Function):
         return delta @ W if ctx.needs_input_grad[0] else None, delta.T @ (y @ W), delta.sum(0)
 
 
-class SelfNormalizingLinear(torch.autograd.Function):
-    """x Wᵀ + b. W gets half of its gradient, ½δᵀx. R gets the other half, as the gradient that it has as W⁻¹."""
-
-    @staticmethod
-    def forward(ctx, x, W, R, b):
-        y = x @ W.T
-        ctx.save_for_backward(x, y, W)
-        return y + b
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, delta):
-        x, y, W = ctx.saved_tensors
-        delta_x = delta @ W
-        return delta_x, 0.5 * delta.T @ x, -0.5 * delta_x.T @ y, delta.sum(0)
-
-
 class RelativeLayer(FullyConnected):
     """The relative gradient. Where one is taken, ½‖W‖² stands for log|det W|: its gradient is W = W^{-T} WᵀW."""
 
@@ -88,32 +68,6 @@ class RelativeLayer(FullyConnected):
 
     def log_abs_det(self, shape):
         return 0.5 * self.weight.square().sum() if torch.is_grad_enabled() else super().log_abs_det(shape)
-
-
-class SelfNormalizingLayer(FullyConnected):
-    """A learnt R for W⁻¹. Where a gradient is taken, the log-determinant's are ½Rᵀ for W and -½Wᵀ for R.
-
-    E‖R(Wx) - x‖² over the last batch is taken off it there, so maximum likelihood adds it to the loss (λ = 1).
-    """
-
-    def __init__(self, dim, diagonal=1.0, bias=0.0):
-        super().__init__(dim, diagonal, bias)
-        self.R = nn.Parameter(torch.linalg.inv(self.weight.detach()))
-
-    def forward(self, x):
-        constant = x.detach()
-        self.reconstruction = (constant @ self.weight.T @ self.R.T - constant).square().sum(1).mean()
-        return SelfNormalizingLinear.apply(x, self.weight, self.R, self.bias)
-
-    def log_abs_det(self, shape):
-        if not torch.is_grad_enabled():
-            return super().log_abs_det(shape)
-        W, R = self.weight, self.R
-        return 0.5 * ((W * R.detach().T).sum() - (R * W.detach().T).sum()) - self.reconstruction
-
-
-KINDS = {"relative": RelativeLayer, "self-norm": SelfNormalizingLayer}
-COLORS = plots.COLORS | dict(zip(KINDS, plots.OTHERS[2:]))
 
 
 # ---- Training --------------------------------------------------------------------------------------------------------
@@ -126,8 +80,8 @@ def train(name, flags, splits):
     start = time.perf_counter()
     pre, flow = train_mnist.build(s, splits[0])
     seconds = time.perf_counter() - start
-    if name in KINDS:
-        flow = EBFlow([KINDS[name](*flow.shape, s.diagonal, s.bias) if isinstance(layer, FullyConnected) else layer
+    if name == "relative":
+        flow = EBFlow([RelativeLayer(*flow.shape, s.diagonal, s.bias) if isinstance(layer, FullyConnected) else layer
                        for layer in flow.layers], flow.shape)
     model = EBFlow([*pre.layers, *flow.layers], pre.shape)
     averaged, curve = copy.deepcopy(model), []                         # θ̃ of EMA
@@ -178,7 +132,7 @@ def picture(runs):
         for name, curve in ((name, run["curve"]) for name, run in runs.items()):
             offset, scale = (curve[0][1], step_time(curve)) if label != "steps" else (0, 1)
             axes.plot([offset + scale * step for step, _, _ in curve[1:]], [nll for _, _, nll in curve[1:]],
-                      color=COLORS[name], label=name)
+                      color=plots.COLORS.get(name, plots.OTHERS[2]), label=name)
         axes.set(xlabel=label, xscale="log")
         axes.xaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:,g}",
                        minor_formatter=NullFormatter())

@@ -542,8 +542,7 @@ CHANGES = [
      "experiments_rivals unbalanced_makes"),
     ("experiments/determinant.py", "(2 * eigenvalues - 1)", "(2 * eigenvalues)", "experiments_rivals closed_form"),
     ("experiments/linear_masks.py", "math.log(5) - 2 * log_cosh", "math.log(5)", "experiments_rivals entropy"),
-    ("experiments/rivals.py", "delta.T @ (y @ W)", "delta.T @ y", "experiments_rivals gradients"),
-    ("experiments/rivals.py", "-0.5 * delta_x.T @ y", "0.5 * delta_x.T @ y", "experiments_rivals gradients"),
+    ("experiments/rivals.py", "delta.T @ (y @ W)", "delta.T @ y", "experiments_rivals relative_gradient"),
 ]
 
 EQUIVALENT = [
