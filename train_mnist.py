@@ -166,10 +166,12 @@ def make_step(s, pre, flow, model, averaged):
     else:
         optimizer = torch.optim.RMSprop(parameters, lr=s.lr, weight_decay=s.weight_decay)
     objective, config = OBJECTIVES[s.loss], s.config()                 # losses.py: it reads its own settings only
+    spectral = [layer for layer in matched.layers if parametrize.is_parametrized(layer)]
 
     def gradient(z):                                                   # leaves ∇_θ in p.grad
         # A GPU records this once: only z and θ change from step to step, and nothing may wait for the GPU.
         with parametrize.cached():                                     # with --spectral, one kernel for E and log Z
+            [layer.weight for layer in spectral]                       # now, with its gradient: sml samples first
             loss = objective(matched, z, **config)
             if s.energy_weight > 0:                                    # λ·E(z), published for Glow and CIFAR-10
                 loss = loss + s.energy_weight * matched.energy(z).mean()

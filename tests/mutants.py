@@ -315,6 +315,7 @@ CHANGES = [
     ("support/run.py", "for k in sorted({*there, *self.config} - free)", "for k in sorted({*self.config} - {*there})",
      "scripts without_being_asked"),
     ("support/run.py", '> (start or math.inf)', '>= (start or math.inf)', "support worse_than"),
+    ("train_mnist.py", "[layer.weight for layer in spectral]", "[]", "scripts cnn"),
     ("train_mnist.py", 'if s.actnorm == "moments" and s.batch_size == size:', "if False:", "scripts bad_option"),
     ("support/run.py", "                if different:", "                if False:", "scripts without_being_asked"),
     ("support/run.py", '        sys.stdout.reconfigure(errors="replace")', "        pass",

@@ -37,6 +37,7 @@ SMALL = {
                "--energy-width 8 --start-steps 5 --mixing-rounds 3 --local-steps 3 --flow-lr 1e-3"}
 CELLS = {f"{arch} {loss}": (train_mnist, f"--arch {arch} --loss {loss}" + " --width 4 --depth 1" * (arch == "glow"))
          for arch in ("fc", "cnn", "glow") for loss in OBJECTIVES}
+CELLS["cnn sml"] = train_mnist, "--arch cnn --loss sml --spectral"
 CELLS["cnn ssm"] = train_mnist, "--arch cnn --loss ssm --spectral --augment"
 CELLS |= {f"{toy} {loss}": (train_toy, f"--data {toy} --loss {loss}")
           for toy, loss in zip(("sine", "sine", "swirl", "swirl", "checkerboard"), OBJECTIVES)}
