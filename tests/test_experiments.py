@@ -22,6 +22,7 @@ import train_toy
 from conftest import checkpoint
 from data import dequantize, load_images
 from densities import TOYS
+from ebflow import EBFlow, logit_preprocessing
 from experiments import (ablation, bumps, completed, explain, idea, imputation, mass, passed_on, read_metrics,
                          runtime, sheet, starts, tables)
 from layers import FullyConnected, Logit, Standardize
@@ -184,7 +185,7 @@ def test_the_table_and_the_picture_of_the_ablation_have_each_run_in_its_place():
 def test_imputation_keeps_and_uses_what_is_seen(tmp_path, monkeypatch, arch, loss):
     shown = []
     monkeypatch.setattr(imputation, "sheet", lambda images, *a, **b: shown.append(images) or sheet(images, *a, **b))
-    for name, value in {"DIGITS": 40, "DRAWS": 4, "STEPS": 50}.items():
+    for name, value in {"IMAGES": 40, "DRAWS": 4, "STEPS": 50}.items():
         monkeypatch.setattr(imputation, name, value)
     data = tmp_path / "images.npy"  # an image is a shade with noise, and its left half is bright; for glow, in colour
     shade = torch.randint(0, 100, (350, 1, 1, 1)) + torch.randint(0, 16, (350, 4, 4, 1 if arch == "fc" else 3))
@@ -194,27 +195,46 @@ def test_imputation_keeps_and_uses_what_is_seen(tmp_path, monkeypatch, arch, los
                       *["--width", "8", "--depth", "1"] * (arch == "glow")])
     shared = ["--run", str(tmp_path / "run"), "--data", str(data), "--results", str(tmp_path)]
     imputation.main(shared)
-    errors = saved(tmp_path / f"imputation-{arch}-{loss}.json")["rmse"]["random pixels"]
-    # the pixels of an image share their shade: what is seen tells of what is missing
-    assert errors["mean of draws"] < min(errors["training mean"], errors["one draw"])
-    truth, draw = shown[0].view(10, 16, -1, 4, 4)[[0, 2], :, :, :2]
-    torch.testing.assert_close(draw, truth, rtol=0, atol=0.01)  # the upper half was seen
+    masks = saved(tmp_path / f"imputation-{'colour-' * (arch == 'glow')}{arch}-{loss}.json")["rmse"]
+    errors = masks["random pixels"]
+    for guess in ("Gaussian", "flow"):  # the pixels of an image share their shade: those seen tell of the others
+        assert errors[f"{guess}, mean of draws"] < min(errors["training mean"], errors[f"{guess}, one draw"])
+    rows = shown[0].view(3 + 5 * len(masks), 16, -1, 4, 4)  # images, two rows of draws; what is seen, and four guesses
+    torch.testing.assert_close(rows[4:8, ..., [0, 3], :], rows[[0] * 4][..., [0, 3], :], rtol=0, atol=0.01)
     if arch == "fc":
         np.save(data, np.zeros((350, 4, 8), np.uint8))  # 16 numbers are half an image
         assert "images.npy" in refused(imputation.main, *shared)
+
+
+def test_the_gaussian_that_completes_images_has_the_conditional_mean_and_covariance(monkeypatch, float64):
+    monkeypatch.setattr(imputation, "DRAWS", 40_000)
+    pre, W = logit_preprocessing((4,), 1.0), torch.eye(4) + 0.3 * torch.randn(4, 4)
+    whiten = FullyConnected(4).requires_grad_(False)
+    whiten.weight.copy_(W)
+    x, missing = pre.inverse(torch.randn(2, 4)), torch.tensor([[True, False, True, False], [False, False, False, True]])
+    draws = imputation.gaussian(EBFlow([*pre.layers, whiten], (4,)), x, missing)
+    covariance = torch.linalg.inv(W.T @ W)
+    for z, given, m in zip(pre(draws).view(-1, 2, 4).unbind(1), pre(x), missing):
+        torch.testing.assert_close(z[:, ~m], given[~m].expand(len(z), -1))  # what is seen stays
+        gain = covariance[m][:, ~m] @ torch.linalg.inv(covariance[~m][:, ~m])
+        torch.testing.assert_close(z[:, m].mean(0), gain @ given[~m], rtol=0, atol=0.03)
+        torch.testing.assert_close(z[:, m].T.cov().view(m.sum(), -1),
+                                   covariance[m][:, m] - gain @ covariance[~m][:, m], rtol=0.03, atol=0.03)
 
 
 def test_each_mask_hides_what_its_name_says_and_the_error_is_of_hidden_pixels_and_a_sheet_is_a_grid():
     images = torch.zeros(2, 3, 4, 4, dtype=torch.uint8)
     images[0, 2, 1, 2], images[1, 0, 3, 3] = 200, 90
     hidden = imputation.masks(images)
-    assert hidden["lower half"].all((0, 1, 3)).tolist() == [False, False, True, True]
-    assert hidden["another digit's shape"].nonzero().tolist() == [[1, i, 1, 2] for i in range(3)]  # 90 is not bright
+    assert hidden["middle third"].all((0, 1, 3)).tolist() == [False, True, True, False]
+    assert "another digit's shape" not in hidden  # in colour
+    shape = imputation.masks(images.amax(1, keepdim=True))["another digit's shape"]
+    assert shape.nonzero().tolist() == [[1, 0, 1, 2]]  # 90 is not bright
     random = hidden["random pixels"]
     assert (random == random[:, :1]).all() and 0 < random.sum() < random.numel()  # all channels of a pixel are hidden
     truth, guess = torch.zeros(2, 3, 4, 4), torch.full((5, 2, 3, 4, 4), 1000.0)
-    guess[..., 2:, :] = 64
-    assert imputation.rmse(guess, truth, hidden["lower half"]) == 0.25
+    guess[..., 1:3, :] = 64
+    assert imputation.rmse(guess, truth, hidden["middle third"]) == 0.25
     images = 256 * torch.rand(3, 2, 60)
     shown = sheet(images, (3, 4, 5), down=["a", "b", "c"]).axes[0].images[0].get_array()
     np.testing.assert_allclose(shown[8:, 5:], images[2, 1].view(3, 4, 5).permute(1, 2, 0) / 256, atol=1e-6)

@@ -17,6 +17,7 @@ from conftest import checkpoint, rows
 from data import MNIST, Points, dequantize, load_images
 from densities import TOYS
 from experiments import colour, epochs, outliers, points, weights
+from support import settings
 
 RESULTS = Path(__file__).parent.parent / "results"
 
@@ -31,10 +32,11 @@ def quiet(no_pictures):
 def test_each_cell_of_the_race_has_three_tries_and_the_best_rate_and_the_gaussian_is_that_of_the_logits(tmp_path, npy,
                                                                                                         capsys):
     cells = ["cnn dsm", "fc ml"]
-    colour.main(["--data", str(npy), "--results", str(tmp_path), "--minutes", "0.02", "--cells", *cells])
+    colour.main(["--data", str(npy), "--results", str(tmp_path), "--minutes", "0.02", "--seeds", "2",
+                 "--cells", *cells])
     runs = json.loads((tmp_path / "colour.json").read_text())["runs"]
     assert [*runs] == ["one Gaussian", *cells]
-    assert [*colour.rows(runs)] == capsys.readouterr().out.splitlines()[-3:]
+    assert [*colour.rows(runs)] == capsys.readouterr().out.splitlines()[-5:]
     for cell, middle in zip(cells, (5e-4, 1e-4)):
         run = runs[cell]
         assert [float(lr) for lr in run["tries"]] == pytest.approx([middle / 3, middle, 3 * middle], rel=1e-4)
@@ -42,6 +44,8 @@ def test_each_cell_of_the_race_has_three_tries_and_the_best_rate_and_the_gaussia
         minutes, nll = zip(*run["curve"])
         assert len(nll) == colour.LOOKS + 1 and minutes[0] == 0 and minutes[-1] >= 0.02 and run["steps"] > 15
         assert math.isfinite(run["test_nll"]) and len({*nll}) > 10
+        other, = run["others"]
+        assert (other["seed"], other["lr"]) == (1, run["lr"]) and other["curve"][-1][1] != nll[-1]
     torch.manual_seed(0)
     splits = load_images(npy)
     z = torch.logit((dequantize(splits[0]).flatten(1) / 256).clamp(1e-6, 1 - 1e-6)).double()
@@ -52,6 +56,22 @@ def test_each_cell_of_the_race_has_three_tries_and_the_best_rate_and_the_gaussia
     normal = torch.distributions.MultivariateNormal(z.mean(0), C)
     nll = -(normal.log_prob(torch.logit(y).double()) + slopes.sum(1)).mean().item()
     assert runs["one Gaussian"]["test_nll"] == pytest.approx(nll, rel=0.01)
+
+
+def test_the_race_keeps_the_flow_of_the_lowest_look(monkeypatch, npy):
+    seen, nlls = [], iter([3.0, 1.0, 2.0, math.nan])
+
+    def evaluate(split, flow, images):
+        seen.append(flow.layers[-1].bias.clone())
+        return {"val_nll": next(nlls)}
+
+    monkeypatch.setattr(colour.train_mnist, "evaluate", evaluate)
+    splits = load_images(npy)
+    s = settings.parse(train_mnist.Settings, [*colour.OWN["fc dsm"].split(), "--data", str(npy)])
+    pre, _ = train_mnist.build(s, splits[0])
+    run, best = colour.race(s, pre, splits, minutes=0.002)
+    assert [nll for _, nll in run["curve"]][:3] == [3.0, 1.0, 2.0] and len(seen) == 4  # nan ends it
+    assert torch.equal(best.layers[-1].bias, seen[1]) and not torch.equal(seen[0], seen[1])
 
 
 def test_an_epoch_is_so_many_steps_of_the_recipe_and_every_cell_is_in_the_table(monkeypatch, capsys, tmp_path):
