@@ -94,7 +94,7 @@ def predicted(row):
 
 
 def rows(measured):
-    """The table of docs/results.md."""
+    """The table of docs/tour.md."""
     for name in PROPOSALS:
         errors = [row["rmse"] for row in measured if row["q"] == name and row["D"] in SHOWN]
         yield f"| {name} | " + " | ".join(f"{error:.4f}" for error in errors) + " |"

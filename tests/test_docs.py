@@ -286,15 +286,17 @@ CLAIMS = {  # words of docs/results.md -> the numbers in them
     "`dsm` grow as D to the {:.2f}, those of `ml` as D to the {:.2f}": lambda: exponents("fc"),
     "the exponents are {:.2f} and {:.2f}": lambda: exponents("cnn"),
     "`dsm` is {:.0f} times as fast as one of `ml` on FC, {:.0f} times with": lambda: [faster("fc"), faster("cnn")],
-    "`dsm` is at {:,.0f} after {:.0f} minutes, where `ml` has come to {:,.0f}; `ml` reaches {:,.0f} at": lead,
+    "`dsm` is at {:,.0f} after {:.0f} minutes, when `ml` is at {:,.0f}; `ml` reaches {:,.0f} at": lead,
     "the flow's errors are smaller by {:.0f} % at most": lambda: [100 * max(
         1 - errors[f"flow, {guess}"] / errors[f"Gaussian, {guess}"] for run in ("fc-dsm", "colour-cnn-dsm")
         for errors in result(f"imputation-{run}.json")["rmse"].values() for guess in ("one draw", "mean of draws"))],
     "ends between {:.0f} nats below `ml` and {:.0f} above": lambda: [
         COLOUR["cnn ml"]["test_nll"] - min(BY_DSM), max(BY_DSM) - COLOUR["cnn ml"]["test_nll"]],
-    "`dsm` takes {:.0f} nats off its start, `ml` {:.0f}: a step of `ml` takes {:.1f} seconds": lambda: (
-        lambda ml, dsm: [*(run["curve"][0][1] - run["curve"][-1][1] for run in (dsm, ml)), 600 / ml["steps"]])(
-            *(COLOUR[f"fc {loss}"] for loss in ("ml", "dsm"))),
+    "`dsm` ends {:.0f} nats below `ml`, whose step takes {:.1f} seconds": lambda: [
+        COLOUR["fc ml"]["test_nll"] - COLOUR["fc dsm"]["test_nll"], 600 / COLOUR["fc ml"]["steps"]],
+    "from {:,.0f} to {:,.0f}, while the validation NLL goes from {:,.0f} to {:,.0f}": lambda: [
+        result("colour-turn.json")["metrics"][epoch][key] for key in ("loss", "val_nll") for epoch in (1, -1)],
+    "`ml` of the CNN has seen {:,} images": lambda: [100 * COLOUR["cnn ml"]["steps"]],
     "with ten images takes {:.1f} seconds and {:.1f} GB": lambda: [
         result("epochs.json")["runs"]["3×64×64 fc dsm"][key] for key in ("seconds", "GB")],
     "A step of `ml` would take {:.0f} seconds": lambda: [
