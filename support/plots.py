@@ -113,7 +113,7 @@ def toy(flow, x, metrics, loss, truth=None):
             one.set_title(title)
     else:
         for one, (i, j) in zip(axes, pairs):
-            for points, color, label in ((x.cpu(), "k", "held-out points"), (draws, COLORS[loss], "draws")):
+            for points, color, label in ((x.cpu(), "k", "held-out points"), (draws, COLORS.get(loss, GREY), "draws")):
                 one.plot(*points[:, [i, j]].T.numpy(), ".", color=color, ms=2, alpha=0.5, label=label)
             xlim, ylim = ((p.min().item() - 0.5, p.max().item() + 0.5) for p in (x[:, i], x[:, j]))
             one.set(xlim=xlim, ylim=ylim, xlabel=f"column {i + 1}", ylabel=f"column {j + 1}")
@@ -121,7 +121,7 @@ def toy(flow, x, metrics, loss, truth=None):
     for one in axes[len(pairs) if len(pairs) > 1 else 4:-2]:
         one.axis("off")
     objective, goal = axes[-2:]
-    history(objective, metrics, "loss", loss, color=COLORS[loss])
+    history(objective, metrics, "loss", loss, color=COLORS.get(loss, GREY))
     if truth:
         history(goal, metrics, "val_kl", "KL(p‖p_θ)", color="k")
         history(goal, metrics, "val_fisher", "Fisher(p‖p_θ)", color=OTHERS[1])

@@ -221,3 +221,9 @@ def test_the_picture_of_a_toy_shows_loss_and_divergences_against_steps(tmp_path,
         assert [*line.get_xdata()] == [row["step"] for row in metrics[first:]]
         assert [*line.get_ydata()] == [row[key] for row in metrics[first:]]
     assert len(draws.lines[0].get_xdata()) == 100
+
+
+def test_a_run_by_an_objective_of_ones_own_ends_with_its_picture(tmp_path, monkeypatch, csv):
+    monkeypatch.setitem(OBJECTIVES, "sharp", lambda model, x, **_: losses.sm(model.energy, x))
+    main(arguments(tmp_path, "--data", str(csv), "--loss", "sharp"))
+    assert (tmp_path / "density.png").exists()
