@@ -286,10 +286,11 @@ CLAIMS = {  # words of docs/results.md -> the numbers in them
     "`dsm` grow as D to the {:.2f}, those of `ml` as D to the {:.2f}": lambda: exponents("fc"),
     "the exponents are {:.2f} and {:.2f}": lambda: exponents("cnn"),
     "`dsm` is {:.0f} times as fast as one of `ml` on FC, {:.0f} times with": lambda: [faster("fc"), faster("cnn")],
-    "`dsm` is at {:,.0f} after {:.0f} minutes, when `ml` is at {:,.0f}; `ml` reaches {:,.0f} at": lead,
-    "the flow's errors are smaller by {:.0f} % at most": lambda: [100 * max(
-        1 - errors[f"flow, {guess}"] / errors[f"Gaussian, {guess}"] for run in ("fc-dsm", "colour-cnn-dsm")
-        for errors in result(f"imputation-{run}.json")["rmse"].values() for guess in ("one draw", "mean of draws"))],
+    "`dsm` is at {:,.0f} after {:.0f} minutes, when `ml` is at {:,.0f}; `ml` reaches {:,.0f} at its end": lead,
+    "the flow's errors are between {:.0f} % smaller and {:.0f} % larger": lambda: (
+        lambda ratios: [100 - 100 * min(ratios), 100 * max(ratios) - 100])([
+            errors[f"flow, {guess}"] / errors[f"Gaussian, {guess}"] for run in ("fc-dsm", "colour-cnn-dsm")
+            for errors in result(f"imputation-{run}.json")["rmse"].values() for guess in ("one draw", "mean of draws")]),
     "ends between {:.0f} nats below `ml` and {:.0f} above": lambda: [
         COLOUR["cnn ml"]["test_nll"] - min(BY_DSM), max(BY_DSM) - COLOUR["cnn ml"]["test_nll"]],
     "`dsm` ends {:.0f} nats below `ml`, whose step takes {:.1f} seconds": lambda: [
