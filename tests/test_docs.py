@@ -289,8 +289,8 @@ CLAIMS = {  # words of docs/results.md -> the numbers in them
     "`dsm` is at {:,.0f} after {:.0f} minutes, when `ml` is at {:,.0f}; `ml` reaches {:,.0f} at its end": lead,
     "the flow's errors are between {:.0f} % smaller and {:.0f} % larger": lambda: (
         lambda ratios: [100 - 100 * min(ratios), 100 * max(ratios) - 100])([
-            errors[f"flow, {guess}"] / errors[f"Gaussian, {guess}"] for run in ("fc-dsm", "colour-cnn-dsm")
-            for errors in result(f"imputation-{run}.json")["rmse"].values() for guess in ("one draw", "mean of draws")]),
+            errors[f"flow, {guess}"] / errors[f"Gaussian, {guess}"] for guess in ("one draw", "mean of draws")
+            for run in ("fc-dsm", "colour-cnn-dsm") for errors in result(f"imputation-{run}.json")["rmse"].values()]),
     "ends between {:.0f} nats below `ml` and {:.0f} above": lambda: [
         COLOUR["cnn ml"]["test_nll"] - min(BY_DSM), max(BY_DSM) - COLOUR["cnn ml"]["test_nll"]],
     "`dsm` ends {:.0f} nats below `ml`, whose step takes {:.1f} seconds": lambda: [
