@@ -1,7 +1,7 @@
 """What the experiments share: flags, training runs and files of results that go on where they stopped, and panels.
 
 Each writes its figures to results/NAME.json and its picture to results/NAME.png, where nothing else is said, and prints
-its table of docs/results.md. One that trains by a script leaves the runs under runs/, and continues them; flags that
+its table of the docs. One that trains by a script leaves the runs under runs/, and continues them; flags that
 its --help does not list go to that script.
 """
 

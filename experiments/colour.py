@@ -49,8 +49,7 @@ def race(s, pre, splits, minutes):
     flow = train_mnist.architecture(s, splits[0].shape[1:])
     flow.initialize(pre(dequantize(splits[0][:1000].view(-1, *pre.shape))))
     model = EBFlow([*pre.layers, *flow.layers], pre.shape)
-    constants = {id(t): t for t in pre.state_dict(keep_vars=True).values()}
-    averaged = copy.deepcopy(model, dict(constants))
+    averaged = copy.deepcopy(model)
     step, optimizer = train_mnist.make_step(s, pre, flow, model, averaged)
     curve, spent, n = [], 0.0, 0
     while True:
@@ -60,7 +59,7 @@ def race(s, pre, splits, minutes):
                 train_mnist.track_moments(averaged, dequantize(splits[0][:5000]).view(-1, *model.shape))
             nll = train_mnist.evaluate("val", averaged.eval(), splits[1][:2000])["val_nll"]
             if not curve or nll < min(old for _, old in curve):
-                best = copy.deepcopy(averaged, dict(constants))
+                best = copy.deepcopy(averaged)
             curve.append([spent / 60, nll])
             print(f"{s.arch} {s.loss} lr {s.lr:g}: {spent / 60:.1f} minutes, {n} steps, {nll:.1f}", flush=True)
             torch.manual_seed(1000 * s.seed + len(curve))
@@ -91,8 +90,7 @@ def gaussian(splits):
     """One Gaussian of the logits, with the shrunk covariance.   -> {"val_nll", "test_nll", …}"""
     s = settings.parse(train_mnist.Settings, ["--normalize", "whiten"])
     pre, _ = train_mnist.build(s, splits[0])
-    flow = EBFlow(pre.layers, pre.shape)
-    return train_mnist.evaluate("val", flow, splits[1][:2000]) | train_mnist.evaluate("test", flow, splits[2])
+    return train_mnist.evaluate("val", pre, splits[1][:2000]) | train_mnist.evaluate("test", pre, splits[2])
 
 
 def picture(runs):
@@ -103,7 +101,7 @@ def picture(runs):
             if f"{arch} {loss}" in runs:
                 run = runs[f"{arch} {loss}"]
                 one.plot(*zip(*run["curve"]), marker=".", color=plots.COLORS[loss], label=loss)
-                for other in run.get("others", ()):
+                for other in run["others"]:
                     one.plot(*zip(*other["curve"]), color=plots.COLORS[loss], lw=0.8, alpha=0.7)
         one.axhline(runs["one Gaussian"]["val_nll"], color=plots.GREY, ls="--", label="one Gaussian")
         one.set(xlabel="minutes on one thread", title=arch.upper())
@@ -119,7 +117,7 @@ def rows(runs):
     gauss = runs["one Gaussian"]
     yield f"| one Gaussian |  |  | {gauss['val_nll']:,.0f} |  | {gauss['test_nll']:,.0f} | {gauss['test_bpd']:.3f} |"
     for name in [name for name in OWN if name in runs]:
-        for run in (runs[name], *runs[name].get("others", ())):
+        for run in (runs[name], *runs[name]["others"]):
             nll = [nll for _, nll in run["curve"]]
             seed = f", seed {run['seed']}" if run is not runs[name] else ""
             yield (f"| {name}{seed} | {run['steps']:,} | {nll[0]:,.0f} | {min(nll):,.0f} | {nll[-1]:,.0f} | "

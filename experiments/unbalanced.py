@@ -11,9 +11,6 @@ network classifies them. The share is the mean over the judges. Its error comes 
 one judge do not show what its flows miss. Where one judge has an effective sample size (ESS) below 1 %, no proportions
 are given.
 
-Writes results/unbalanced.json after every run, and continues from it; then the figure results/unbalanced.png. Prints
-the table of docs/results.md.
-
 Time: 55 minutes a seed on one core.
 """
 
@@ -179,7 +176,7 @@ def by_cell(runs):
 
 
 def rows(runs):
-    """The table of docs/results.md: a figure for each seed."""
+    """The table of docs/balanced.md: a figure for each seed."""
     for cell, seeds in by_cell(runs).items():
         def each(key, form):
             return ", ".join("–" if row[key] is None else format(row[key], form) for row in seeds)

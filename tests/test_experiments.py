@@ -73,8 +73,8 @@ def test_every_experiment_has_a_command_which_refuses_an_unknown_flag_by_its_nam
 
 def test_the_list_of_experiments_needs_no_utf_8():
     env = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
-    command = [sys.executable, Path(idea.__file__).with_name("__main__.py")]
-    lines = subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout.splitlines()
+    command, root = [sys.executable, "-m", "experiments"], Path(idea.__file__).parents[1]
+    lines = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True, check=True).stdout.splitlines()
     assert "idea" in [line.split()[0] for line in lines]
 
 
